@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public wrapper: checks the input and calls the registered operator."""
+
+import torch
+from torch import Tensor
+
+from quattuor.kernels.dispatch import OUTPUT_DTYPES, check
+from quattuor.kernels.token_quantize.reference import quantize_tokens
+
+__all__ = ["token_quantize"]
+
+PLACE = "token_quantize"
+
+
+@torch.library.custom_op("quattuor::token_quantize", mutates_args=())
+def quantize_op(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize tokens [M, K]; `token_quantize` checks the argument."""
+    return quantize_tokens(x)
+
+
+@quantize_op.register_fake
+def _(x):
+    return x.new_empty(x.shape, dtype=torch.int8), x.new_empty((x.shape[0],), dtype=torch.float32)
+
+
+def token_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantize each token to int8 with its own scale.
+
+    s = max_k |x| / 127, q = clamp(rne(x / s), -127, 127), both divisions in float32. An all-zero token has
+    q = 0 and s = 0; a token with NaN or infinity has q = 0 and s = NaN, which makes its outputs NaN.
+
+    Args:
+        x: float16, bfloat16 or float32 [M, K]; M may be 0; any strides.
+
+    Returns:
+        Codes int8 [M, K], contiguous, and scales float32 [M]; x is approximated by codes * scale[:, None].
+
+    Raises:
+        InputError: The input has the wrong dtype or number of dimensions.
+    """
+    check(x.dim() == 2, "x.dim()", x.dim(), "is not 2", PLACE, "flatten tokens to [M, K]")
+    check(
+        x.dtype in OUTPUT_DTYPES,
+        "x.dtype",
+        x.dtype,
+        "is not float16, bfloat16 or float32",
+        PLACE,
+        "convert it",
+    )
+    return quantize_op(x)

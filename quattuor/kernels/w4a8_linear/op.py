@@ -1,0 +1,270 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The public wrapper: checks every input, chooses the implementation, calls the registered operator."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quattuor.kernels.dispatch import (
+    OUTPUT_DTYPES,
+    Implementation,
+    LinearProblem,
+    Operand,
+    Row,
+    Schedule,
+    check,
+    check_tensor,
+    choose,
+)
+from quattuor.kernels.w4a8_linear.float32 import Float32
+from quattuor.kernels.w4a8_linear.reference import Reference
+
+__all__ = ["IMPLEMENTATIONS", "Plan", "plan"]
+
+PLACE = "w4a8_linear"
+
+#: Fastest first; the reference supports every legal problem.
+IMPLEMENTATIONS: tuple[Implementation, ...] = (Float32(), Reference())
+BY_NAME = {implementation.name: implementation for implementation in IMPLEMENTATIONS}
+
+
+@torch.library.custom_op("quattuor::w4a8_linear", mutates_args=())
+def w4a8_linear(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    operand: list[Tensor],
+    names: str,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    implementation: str,
+    out_features: int,
+    weight_bits: int,
+    group_size: int,
+    integer_group_scale: bool,
+) -> Tensor:
+    """Compute one linear layer with a named implementation; `Plan.linear` checks the arguments.
+
+    `names` holds the comma-separated names of `operand`; `group_size` is 0 for one scale per channel.
+    """
+    problem = LinearProblem(
+        out_features=out_features,
+        in_features=x_codes.shape[1],
+        weight_bits=weight_bits,
+        group_size=group_size or None,
+        integer_group_scale=integer_group_scale,
+        output_dtype=out_dtype,
+        device_type=x_codes.device.type,
+    )
+    tensors = dict(zip(names.split(","), operand, strict=True))
+    return BY_NAME[implementation].linear(problem, (x_codes, x_scale), tensors, bias, out_dtype)
+
+
+@w4a8_linear.register_fake
+def _(
+    x_codes,
+    x_scale,
+    operand,
+    names,
+    bias,
+    out_dtype,
+    implementation,
+    out_features,
+    weight_bits,
+    group_size,
+    integer_group_scale,
+):
+    return x_codes.new_empty((x_codes.shape[0], out_features), dtype=out_dtype)
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The chosen implementations of one layer; made by `plan`, once, when the layer is built."""
+
+    problem: LinearProblem
+    schedule: Schedule
+
+    def explain(self) -> list[Row]:
+        """Return a row for each range of token counts and implementation: chosen or not, and why."""
+        return list(self.schedule.rows)
+
+    def implementation(self, num_tokens: int) -> str:
+        """Return the name of the implementation that computes this number of tokens."""
+        return self.schedule.implementation(num_tokens).name
+
+    def prepare(self, codes: Tensor, scale: Tensor, group_scale: Tensor | None = None) -> Operand:
+        """Lay the weight out as the chosen implementations need it.
+
+        Args:
+            codes: int8 [N, K], signed codes in [-2^(b-1), 2^(b-1) - 1].
+            scale: float32 [N], per channel; may be negative.
+            group_scale: float16 [N, G] when the problem has groups, else None; may be negative unless the
+                problem promises integer group scales.
+
+        Raises:
+            InputError: A tensor has the wrong dtype, shape or device, or values outside its range.
+        """
+        check_weight(self.problem, codes, scale, group_scale)
+        entries = {
+            f"{layout}.{name}": tensor
+            for layout, implementation in self.schedule.layouts().items()
+            for name, tensor in implementation.prepare(self.problem, codes, scale, group_scale).items()
+        }
+        return Operand(entries)
+
+    def linear(
+        self,
+        x_codes: Tensor,
+        x_scale: Tensor,
+        operand: Operand,
+        bias: Tensor | None = None,
+        out_dtype: torch.dtype | None = None,
+    ) -> Tensor:
+        """Return y[m, n] = float32(sum_k x_codes[m, k] w8[n, k]) * scale[n] * x_scale[m] (+ bias[n]).
+
+        Args:
+            x_codes: int8 [M, K]; M may be 0; any strides.
+            x_scale: float32 [M].
+            operand: What `prepare` of this plan returned, or the same tensors on the inputs' device.
+            bias: Floating point [N] or None; added in float32.
+            out_dtype: float16, bfloat16 or float32; None for the problem's output dtype.
+
+        Returns:
+            [M, N], rounded once from float32.
+
+        Raises:
+            InputError: A tensor has the wrong dtype, shape or device.
+        """
+        problem = self.problem
+        out_dtype = problem.output_dtype if out_dtype is None else out_dtype
+        check_inputs(problem, x_codes, x_scale, bias, out_dtype)
+        chosen = self.schedule.implementation(x_codes.shape[0])
+        tensors = operand.layout(chosen.layout)
+        check(
+            bool(tensors) and all(t.device == x_codes.device for t in tensors.values()),
+            "operand",
+            sorted(operand.entries),
+            f"does not hold the layout {chosen.layout!r} on {x_codes.device}",
+            PLACE,
+            "prepare it with this plan and move it to the inputs' device",
+        )
+        return w4a8_linear(
+            x_codes,
+            x_scale,
+            list(tensors.values()),
+            ",".join(tensors),
+            bias,
+            out_dtype,
+            chosen.name,
+            problem.out_features,
+            problem.weight_bits,
+            problem.group_size or 0,
+            problem.integer_group_scale,
+        )
+
+
+def plan(problem: LinearProblem, force: str | None = None) -> Plan:
+    """Choose implementations for a layer with 8-bit activations.
+
+    Args:
+        problem: What the layer computes.
+        force: Name of the one implementation to use, or None to choose.
+
+    Raises:
+        InputError: The problem has 16-bit activations, or `force` names no implementation.
+        UnsupportedError: The forced implementation refuses the problem; the message holds its reason.
+    """
+    check(
+        problem.activation_bits == 8,
+        "activation_bits",
+        problem.activation_bits,
+        "is not 8",
+        PLACE,
+        "use w4a16_linear",
+    )
+    return Plan(problem, choose(PLACE, IMPLEMENTATIONS, problem, force))
+
+
+def check_weight(problem: LinearProblem, codes: Tensor, scale: Tensor, group_scale: Tensor | None) -> None:
+    """Raise `InputError` unless the weight tensors match the problem in dtype, shape, device and range."""
+    place = f"{PLACE}.prepare"
+    device = codes.device
+    check_tensor("codes", codes, (problem.out_features, problem.in_features), (torch.int8,), device, place)
+    check_tensor("scale", scale, (problem.out_features,), (torch.float32,), device, place)
+    low, high = (int(bound) for bound in codes.aminmax())
+    check(
+        -problem.max_code <= low and high < problem.max_code,
+        "codes",
+        f"{low} .. {high}",
+        f"exceed the range of {problem.weight_bits} signed bits",
+        place,
+        "pass signed codes, or state the right weight_bits",
+    )
+    check(
+        (group_scale is None) == (problem.group_size is None),
+        "group_scale",
+        "None" if group_scale is None else "a tensor",
+        f"does not fit group_size={problem.group_size}",
+        place,
+        "pass group scales exactly when the problem has groups",
+    )
+    check(
+        bool(scale.isfinite().all()),
+        "scale",
+        "NaN or infinite",
+        "is not finite",
+        place,
+        "check how it was made",
+    )
+    if group_scale is None:
+        return
+    shape = (problem.out_features, problem.num_groups)
+    check_tensor("group_scale", group_scale, shape, (torch.float16,), device, place)
+    check(
+        bool(group_scale.isfinite().all()),
+        "group_scale",
+        "NaN or infinite",
+        "is not finite",
+        place,
+        "choose a larger channel scale",
+    )
+    top = 2 ** (8 - problem.weight_bits)
+    legal = (group_scale == group_scale.round()) & (group_scale >= 1) & (group_scale <= top)
+    check(
+        not problem.integer_group_scale or bool(legal.all()),
+        "group_scale",
+        f"{group_scale.min().item()} .. {group_scale.max().item()}",
+        f"are not all integers in 1 .. {top}, as integer_group_scale promises",
+        place,
+        "set integer_group_scale=False",
+    )
+
+
+def check_inputs(
+    problem: LinearProblem, x_codes: Tensor, x_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
+) -> None:
+    """Raise `InputError` unless the inputs match the problem in dtype, shape and device."""
+    place = f"{PLACE}.linear"
+    device = x_codes.device
+    check(x_codes.dim() == 2, "x_codes.dim()", x_codes.dim(), "is not 2", place, "flatten tokens to [M, K]")
+    num_tokens = x_codes.shape[0]
+    check_tensor("x_codes", x_codes, (num_tokens, problem.in_features), (torch.int8,), device, place)
+    check_tensor("x_scale", x_scale, (num_tokens,), (torch.float32,), device, place)
+    if bias is not None:
+        check_tensor("bias", bias, (problem.out_features,), OUTPUT_DTYPES, device, place)
+    check(
+        out_dtype in OUTPUT_DTYPES,
+        "out_dtype",
+        out_dtype,
+        "is not a supported floating-point type",
+        place,
+        "use float16, bfloat16 or float32",
+    )
+    check(
+        device.type == problem.device_type,
+        "x_codes.device",
+        device,
+        f"is not a {problem.device_type} device, for which the plan was made",
+        place,
+        "make a plan for this device",
+    )

@@ -1,0 +1,66 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Per-token int8 quantization: definition, edge tokens, errors, operator check."""
+
+import pytest
+import torch
+
+from quattuor.errors import InputError
+from quattuor.kernels.token_quantize import token_quantize
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (3, 127), (17, 1025)])
+def test_codes_round_to_nearest_on_the_token_grid(dtype, shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    codes, scale = token_quantize(x)
+    assert codes.dtype == torch.int8
+    assert scale.dtype == torch.float32
+    assert codes.shape == shape
+    assert scale.shape == shape[:1]
+    assert torch.equal(scale, x.float().abs().amax(dim=1) / 127)
+    error = (codes.double() * scale.double()[:, None] - x.double()).abs()
+    assert (error <= 0.5001 * scale[:, None]).all()
+    assert (codes.abs().amax(dim=1) == 127).all()
+
+
+def test_halves_round_to_even():
+    x = torch.tensor([[127.0, 0.5, 1.5, 2.5, -0.5, -1.5]])
+    codes, scale = token_quantize(x)
+    assert scale.item() == 1.0
+    assert codes.tolist() == [[127, 0, 2, 2, 0, -2]]
+
+
+def test_edge_tokens_do_not_disturb_their_neighbours():
+    x = torch.randn(6, 32)
+    x[1] = 0
+    x[2, 3] = torch.nan
+    x[3, 3] = torch.inf
+    x[4] = 2.0**-149  # the scale underflows to zero
+    codes, scale = token_quantize(x)
+    assert scale[1] == 0
+    assert scale[4] == 0
+    assert scale[2:4].isnan().all()
+    assert (codes[1:5] == 0).all()
+    alone = token_quantize(x[[0, 5]])
+    assert torch.equal(codes[[0, 5]], alone[0])
+    assert torch.equal(scale[[0, 5]], alone[1])
+
+
+def test_non_contiguous_input():
+    x = torch.randn(16, 6).T[::2]
+    assert not x.is_contiguous()
+    for strided, plain in zip(token_quantize(x), token_quantize(x.contiguous()), strict=True):
+        assert torch.equal(strided, plain)
+        assert strided.is_contiguous()
+
+
+def test_wrong_inputs_are_refused():
+    with pytest.raises(InputError, match=r"x\.dim"):
+        token_quantize(torch.randn(8))
+    with pytest.raises(InputError, match=r"x\.dtype"):
+        token_quantize(torch.zeros(2, 8, dtype=torch.int8))
+
+
+def test_framework_operator_check():
+    results = torch.library.opcheck(torch.ops.quattuor.token_quantize, (torch.randn(3, 8),))
+    assert set(results.values()) == {"SUCCESS"}

@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The reference against the definition written with Python integers."""
+
+import pytest
+import torch
+
+from quattuor.kernels import w4a8_linear
+from quattuor.kernels.dispatch import LinearProblem
+
+
+@pytest.mark.parametrize(("bits", "group_size", "integer"), [(4, None, False), (3, 4, False), (4, 4, True)])
+def test_reference_equals_the_definition(layer, inputs, bits, group_size, integer):
+    made = layer(5, 10, bits=bits, group_size=group_size, integer=integer)
+    x_codes, x_scale = inputs(3, 10)
+    bias = torch.randn(5)
+    plan = w4a8_linear.plan(made.problem, force="reference")
+    out = plan.linear(x_codes, x_scale, plan.prepare(made.codes, made.scale, made.group_scale), bias)
+    for m in range(3):
+        for n in range(5):
+            total = 0
+            for k in range(10):
+                w8 = int(made.codes[n, k])
+                if made.group_scale is not None:
+                    # Python's round is half to even, and the product is exact in double precision
+                    product = round(w8 * float(made.group_scale[n, k // group_size]))
+                    w8 = max(-128, min(127, product))
+                total += int(x_codes[m, k]) * w8
+            expected = torch.tensor(float(total)) * made.scale[n] * x_scale[m] + bias[n]
+            assert out[m, n] == expected.half()
+
+
+def test_group_products_round_half_to_even_and_clamp():
+    problem = LinearProblem(out_features=1, in_features=4, weight_bits=4, group_size=1, output_dtype=torch.float32)
+    plan = w4a8_linear.plan(problem, force="reference")
+    codes = torch.tensor([[1, 3, -8, -8]], dtype=torch.int8)
+    group_scale = torch.tensor([[0.5, 0.5, -20.0, 20.0]], dtype=torch.float16)  # 0.5 -> 0, 1.5 -> 2
+    operand = plan.prepare(codes, torch.ones(1), group_scale)
+    out = plan.linear(torch.eye(4, dtype=torch.int8), torch.ones(4), operand)
+    assert out.flatten().tolist() == [0.0, 2.0, 127.0, -128.0]
