@@ -5,7 +5,14 @@ Every message has five parts: subject, value, constraint, place, remedy. `compos
 all messages of the library read alike.
 """
 
-__all__ = ["CalibrationError", "CheckpointError", "InputError", "QuattuorError", "UnsupportedError", "compose"]
+__all__ = [
+    "CalibrationError",
+    "CheckpointError",
+    "InputError",
+    "QuattuorError",
+    "UnsupportedError",
+    "compose",
+]
 
 
 class QuattuorError(Exception):

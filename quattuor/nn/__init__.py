@@ -1,0 +1,6 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The modules that replace the originals at run time."""
+
+from quattuor.nn.linear import LinearLayout, ParameterLayout, QuantizedLinear
+
+__all__ = ["LinearLayout", "ParameterLayout", "QuantizedLinear"]

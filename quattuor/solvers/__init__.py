@@ -1,0 +1,9 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Solvers: which codes a weight gets, given its grid and the statistics of its input."""
+
+from quattuor.solvers.base import Solution, Solver, hessian_error
+from quattuor.solvers.column_feedback import GPTQ
+from quattuor.solvers.nearest import Nearest
+from quattuor.solvers.weight_quantizer import WeightQuantizer
+
+__all__ = ["GPTQ", "Nearest", "Solution", "Solver", "WeightQuantizer", "hessian_error"]

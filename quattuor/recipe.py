@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A recipe: one choice per axis, as a value that can be stored, compared, changed and combined."""
+
+import dataclasses
+from dataclasses import dataclass, field
+from difflib import get_close_matches
+from typing import Any, Literal
+
+from quattuor.activations import ActivationQuantizer, DynamicQuantizer
+from quattuor.errors import InputError, compose
+from quattuor.formats import Integer, TwoLevelInteger
+from quattuor.granularity import PerChannel, PerGroup, PerTensor, PerToken
+from quattuor.rules import Rule
+from quattuor.scales import AbsMax, ClipSearch, TwoLevel
+from quattuor.solvers import GPTQ, Nearest, WeightQuantizer
+from quattuor.transforms import TRANSFORMS
+from quattuor.transforms.base import Transform
+
+__all__ = ["PARTS", "InputPolicy", "Recipe", "part_from_dict", "part_to_dict"]
+
+InputPolicy = Literal["original", "quantized", "rounded"]
+INPUT_POLICIES = ("original", "quantized", "rounded")
+
+_PART_TYPES: tuple[type, ...] = (
+    *(Integer, TwoLevelInteger),
+    *(PerTensor, PerChannel, PerGroup, PerToken),
+    *(AbsMax, ClipSearch, TwoLevel),
+    *(GPTQ, Nearest, WeightQuantizer),
+    DynamicQuantizer,
+    Rule,
+    *TRANSFORMS,
+)
+PARTS: dict[str, type] = {part.__name__: part for part in _PART_TYPES}
+"""Every part that a stored recipe may name."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """What is done to a model. Never changed by being run; variants are `dataclasses.replace` of a recipe.
+
+    Args:
+        systems: Names of the systems it was made from, for reports; no effect on the result.
+        transforms: Function-preserving changes, applied in order.
+        weights: How every linear inside the decoder blocks is quantized; None leaves weights alone.
+        activations: How the inputs of those linears are quantized at run time; None leaves them alone.
+        rules: Exceptions per module pattern, first match wins.
+        inputs: What statistics are computed from: the "original" model's activations, those of the "quantized"
+            blocks so far, or the latter "rounded" by the activation quantizer as the layer will see them.
+        sequential: Collect the statistics of each site with the earlier sites of the same block already
+            quantized, instead of all sites of a block at once.
+    """
+
+    systems: tuple[str, ...] = ()
+    transforms: tuple[Transform, ...] = ()
+    weights: WeightQuantizer | None = None
+    activations: ActivationQuantizer | None = None
+    rules: tuple[Rule, ...] = field(default=())
+    inputs: InputPolicy = "quantized"
+    sequential: bool = False
+
+    def __post_init__(self) -> None:
+        """Reject policies that do not exist and combinations without meaning."""
+        if self.inputs not in INPUT_POLICIES:
+            raise InputError(
+                compose(
+                    subject="inputs",
+                    value=self.inputs,
+                    constraint=f"is not one of {INPUT_POLICIES}",
+                    place="Recipe",
+                    remedy='use inputs="quantized"',
+                )
+            )
+        if self.inputs == "rounded" and self.activations is None:
+            raise InputError(
+                compose(
+                    subject="inputs",
+                    value=self.inputs,
+                    constraint="needs an activation quantizer to round with",
+                    place="Recipe",
+                    remedy='set activations, or use inputs="quantized"',
+                )
+            )
+        if self.activations is not None and self.weights is None:
+            raise InputError(
+                compose(
+                    subject="activations",
+                    value=self.activations,
+                    constraint="would be quantized for linears that stay in high precision",
+                    place="Recipe",
+                    remedy="set weights as well, for example 8-bit ones",
+                )
+            )
+
+    def __or__(self, other: "Recipe") -> "Recipe":
+        """Combine two recipes; an axis that both set to different values is a conflict."""
+        default = Recipe()
+        merged: dict[str, Any] = {"systems": self.systems + other.systems}
+        for axis in ("transforms", "weights", "activations", "rules", "inputs", "sequential"):
+            mine, theirs, unset = getattr(self, axis), getattr(other, axis), getattr(default, axis)
+            if mine != unset and theirs != unset and mine != theirs:
+                raise InputError(
+                    compose(
+                        subject="axis",
+                        value=axis,
+                        constraint=f"is set by both {_label(self)} and {_label(other)}",
+                        place="Recipe |",
+                        remedy=f"clear it on one side with dataclasses.replace(recipe, {axis}=...)",
+                    )
+                )
+            merged[axis] = mine if mine != unset else theirs
+        return Recipe(**merged)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data (JSON or YAML) that `from_dict` turns back into an equal recipe."""
+        return {item.name: part_to_dict(getattr(self, item.name)) for item in dataclasses.fields(self)}
+
+    @classmethod
+    def from_dict(cls, data: dict[str, Any]) -> "Recipe":
+        """Undo `to_dict`.
+
+        Raises:
+            InputError: An unknown key or part, with the nearest name that exists, or a value a part refuses.
+        """
+        fields = {item.name: item for item in dataclasses.fields(cls)}
+        _reject_unknown(data, fields, "Recipe")
+        return cls(**{key: part_from_dict(value, f"Recipe.{key}") for key, value in data.items()})
+
+
+def _label(recipe: Recipe) -> str:
+    return " | ".join(recipe.systems) or "an unnamed recipe"
+
+
+def part_to_dict(value: Any) -> Any:
+    """Turn a part into {"part": its name, field: value, ...}; tuples become lists."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {item.name: part_to_dict(getattr(value, item.name)) for item in dataclasses.fields(value)}
+        return {"part": type(value).__name__, **fields}
+    if isinstance(value, tuple):
+        return [part_to_dict(item) for item in value]
+    return value
+
+
+def part_from_dict(value: Any, place: str) -> Any:
+    """Undo `part_to_dict`."""
+    if isinstance(value, list):
+        return tuple(part_from_dict(item, f"{place}[{index}]") for index, item in enumerate(value))
+    if not isinstance(value, dict):
+        return value
+    name = value.get("part")
+    if name not in PARTS:
+        nearest = get_close_matches(str(name), PARTS, n=1)
+        raise InputError(
+            compose(
+                subject="part",
+                value=name,
+                constraint="is not a known part",
+                place=place,
+                remedy=f"did you mean {nearest[0]}?" if nearest else f"use one of {', '.join(sorted(PARTS))}",
+            )
+        )
+    part = PARTS[name]
+    arguments = {key: item for key, item in value.items() if key != "part"}
+    _reject_unknown(arguments, {item.name: item for item in dataclasses.fields(part)}, f"{place} ({name})")
+    return part(**{key: part_from_dict(item, f"{place}.{key}") for key, item in arguments.items()})
+
+
+def _reject_unknown(given: dict[str, Any], known: dict[str, Any], place: str) -> None:
+    for key in given:
+        if key not in known:
+            nearest = get_close_matches(str(key), known, n=1)
+            raise InputError(
+                compose(
+                    subject="key",
+                    value=key,
+                    constraint="is not a field",
+                    place=place,
+                    remedy=f"did you mean {nearest[0]}?" if nearest else f"use one of {', '.join(known)}",
+                )
+            )

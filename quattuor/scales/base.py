@@ -1,0 +1,67 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The contract of a scale rule, and the grid that a format, a granularity and a rule make together."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from quattuor.formats.base import Format, Parameters
+from quattuor.granularity import Granularity
+
+__all__ = ["Grid", "ScaleDtype", "ScaleRule", "round_scale"]
+
+ScaleDtype = Literal["float32", "float16"]
+SMALLEST_SCALE = {"float32": 1e-30, "float16": 2.0**-24}
+
+
+class ScaleRule(ABC):
+    """Chooses the parameters of each group. Computes in the dtype of the values, stores what it returns."""
+
+    @abstractmethod
+    def fit(
+        self,
+        values: Float[Tensor, "R G S"],
+        number_format: Format,
+        importance: Float[Tensor, "*R G S"] | None = None,
+    ) -> Parameters:
+        """Return parameters `[R, G]` for grouped values.
+
+        Args:
+            values: The grouped view of a matrix.
+            number_format: Which codes exist.
+            importance: Non-negative weight of each squared error, broadcastable to `values`; for a weight the
+                diagonal of its Hessian. None counts every element once.
+        """
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Grid:
+    """The numbers that the elements of a matrix can take: a format, who shares parameters, how they are chosen."""
+
+    number_format: Format
+    granularity: Granularity
+    scales: ScaleRule
+
+    def fit(self, weight: Float[Tensor, "N K"], importance: Float[Tensor, " K"] | None = None) -> Parameters:
+        """Fit the parameters of a matrix; `importance` has one entry per column."""
+        values = self.granularity.split(weight)
+        if importance is None:
+            return self.scales.fit(values, self.number_format)
+        rows = weight.shape[0] if values.shape[0] != weight.shape[0] else 1
+        grouped = self.granularity.split(importance.to(weight.dtype).expand(rows, -1))
+        return self.scales.fit(values, self.number_format, grouped)
+
+
+def round_scale(scale: Float[Tensor, "..."], scale_dtype: ScaleDtype) -> Float[Tensor, "..."]:
+    """Round a scale to the dtype that is stored, keeping its sign and keeping it away from zero.
+
+    A group of zeros has scale 1, so that it decodes to zero and divides safely.
+    """
+    scale = torch.where(scale == 0, torch.ones_like(scale), scale)
+    floor = SMALLEST_SCALE[scale_dtype]
+    scale = torch.where(scale.abs() < floor, torch.full_like(scale, floor).copysign(scale), scale)
+    return scale.to(getattr(torch, scale_dtype))
