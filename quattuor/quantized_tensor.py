@@ -78,6 +78,17 @@ class QuantizedTensor:
         """Measured: stored bits divided by the number of weights."""
         return 8 * self.nbytes / (self.shape[0] * self.shape[1])
 
+    def rows(self, start: int, stop: int) -> "QuantizedTensor":
+        """Return rows `start` to `stop` as a tensor of their own, in memory of their own."""
+        parameters = self.parameters.rows(start, stop)
+        return QuantizedTensor(
+            packed=self.packed[start:stop].clone(),
+            parameters=Parameters(**{name: tensor.clone() for name, tensor in parameters.items()}),
+            number_format=self.number_format,
+            granularity=self.granularity,
+            shape=(stop - start, self.shape[1]),
+        )
+
     def state(self) -> dict[str, Tensor]:
         """Return the tensors to store: `packed`, and the parameters under their own names."""
         return {"packed": self.packed, **self.parameters}

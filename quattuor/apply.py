@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Places a recipe's parts in a model; the only file that swaps modules."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from quattuor.activations import ActivationQuantizer
+from quattuor.errors import InputError, UnsupportedError, compose
+from quattuor.models import DecoderDescription, Site, SiteKind
+from quattuor.nn.linear import QuantizedLinear
+from quattuor.recipe import Recipe
+from quattuor.rules import check_all_rules_match, match
+from quattuor.solvers import Solution, WeightQuantizer
+from quattuor.transforms import FoldNorms, RotateHeads, RotateResidual
+from quattuor.transforms.base import SiteTransform
+
+__all__ = ["LinearChoice", "check", "choose", "linear_names", "place_"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LinearChoice:
+    """What a recipe says about one linear."""
+
+    weights: WeightQuantizer
+    activations: ActivationQuantizer | None
+
+
+def choose(recipe: Recipe, name: str) -> LinearChoice | None:
+    """Return how a linear is quantized, or None when it stays in high precision."""
+    rule = match(name, recipe.rules)
+    if rule is not None and rule.skip:
+        return None
+    weights = rule.weights if rule is not None and rule.weights is not None else recipe.weights
+    activations = recipe.activations
+    if rule is not None and rule.activations is not None:
+        activations = rule.activations
+    return None if weights is None else LinearChoice(weights=weights, activations=activations)
+
+
+def linear_names(description: DecoderDescription, sites: tuple[Site, ...], num_blocks: int) -> Iterator[str]:
+    """Yield the full names of all linears inside the decoder blocks."""
+    for index in range(num_blocks):
+        for site in sites:
+            for path in site.consumers:
+                yield f"{description.blocks}.{index}.{path}"
+
+
+def check(recipe: Recipe, description: DecoderDescription, model: nn.Module, config: dict[str, Any]) -> None:
+    """Raise before any work when the recipe does not fit the model.
+
+    Raises:
+        InputError: A group size does not divide a layer, or a rule matches nothing.
+        UnsupportedError: A transform is not legal for this architecture.
+    """
+    sites = description.sites(activation_name(config))
+    blocks = list(model.get_submodule(description.blocks).children())
+    names = list(linear_names(description, sites, len(blocks)))
+    check_all_rules_match(names, recipe.rules)
+    for name in names:
+        choice, linear = choose(recipe, name), model.get_submodule(name)
+        if choice is None:
+            continue
+        try:
+            choice.weights.granularity.num_groups(linear.in_features)
+        except InputError as error:
+            raise InputError(f"{name}: {error}") from error
+    for transform in recipe.transforms:
+        if isinstance(transform, SiteTransform):
+            _check_sites(transform, sites, description)
+        elif isinstance(transform, RotateResidual):
+            _check_residual_rotation(transform, recipe, description)
+        elif isinstance(transform, RotateHeads) and description.attention is None:
+            raise _illegal(transform, description, "needs an attention whose linears are described")
+
+
+def place_(
+    block: nn.Module,
+    path: str,
+    solution: Solution,
+    activations: ActivationQuantizer | None,
+    *,
+    name: str,
+) -> QuantizedLinear:
+    """Replace a linear of a block by its packed form and return the new module."""
+    linear = block.get_submodule(path)
+    module = QuantizedLinear.from_tensor(
+        solution.tensor, linear.bias, activations, dtype=linear.weight.dtype, name=name
+    )
+    parent, _, attribute = path.rpartition(".")
+    setattr(block.get_submodule(parent), attribute, module)
+    return module
+
+
+def activation_name(config: dict[str, Any]) -> str:
+    """Return the name of the feed-forward activation of a configuration."""
+    for key in ("hidden_act", "hidden_activation", "activation_function"):
+        if config.get(key):
+            return str(config[key])
+    return "unknown"
+
+
+def _check_sites(transform: SiteTransform, sites: tuple[Site, ...], description: DecoderDescription) -> None:
+    foldable = {site.name for site in sites if site.kind is not SiteKind.OPAQUE}
+    for name in transform.sites:
+        if name not in foldable:
+            raise _illegal(
+                transform,
+                description,
+                f"has no place at site {name!r} (this architecture allows {sorted(foldable)})",
+            )
+
+
+def _check_residual_rotation(transform: RotateResidual, recipe: Recipe, description: DecoderDescription) -> None:
+    reason = description.reason_against_residual_rotation()
+    if reason is not None and not (description.norm == "layer" and transform.keep_mean):
+        raise _illegal(transform, description, reason)
+    position = recipe.transforms.index(transform)
+    if not any(isinstance(before, FoldNorms) for before in recipe.transforms[:position]):
+        raise _illegal(transform, description, "needs FoldNorms() before it, because gains do not commute with it")
+
+
+def _illegal(transform: object, description: DecoderDescription, reason: str) -> UnsupportedError:
+    return UnsupportedError(
+        compose(
+            subject="transform",
+            value=transform,
+            constraint=reason,
+            place=description.family,
+            remedy="leave it out of Recipe.transforms, or quantize without transforms",
+        )
+    )

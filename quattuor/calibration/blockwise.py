@@ -1,0 +1,262 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs one decoder block at a time and hands its outputs on to the next.
+
+Only the block at hand has to be in memory. What a block receives beside the hidden state (masks, rotary tables)
+does not depend on other blocks, so it is recorded once, from a pass of one sequence through a model whose blocks
+return their input.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from quattuor.calibration.statistics import make_statistics
+from quattuor.errors import CalibrationError, compose
+from quattuor.models.description import DecoderDescription, Site
+
+__all__ = ["BlockRunner", "capture_inputs"]
+
+Hidden = list[Float[Tensor, "B T K"]]
+
+
+class _StopForward(Exception):
+    """Ends a forward pass whose remainder is not needed."""
+
+
+class BlockRunner:
+    """Calls decoder blocks the way their model does.
+
+    Args:
+        description: The architecture.
+        arguments: For each block, the keyword arguments its model passes for one sequence; they broadcast over
+            sequences.
+    """
+
+    def __init__(self, description: DecoderDescription, arguments: Sequence[dict[str, Any]]) -> None:
+        """Keep the recorded arguments."""
+        self.description = description
+        self._arguments = list(arguments)
+
+    def arguments(self, block_index: int, device: torch.device) -> dict[str, Any]:
+        """Return the keyword arguments of a block, with tensors on `device`."""
+        return {name: _to(value, device) for name, value in self._arguments[block_index].items()}
+
+    @torch.no_grad()
+    def run(self, block: nn.Module, block_index: int, hidden: Hidden) -> Hidden:
+        """Return the block's outputs, each on the device its input was on.
+
+        Raises:
+            CalibrationError: An output is not finite.
+        """
+        device = next(block.parameters()).device
+        arguments = self.arguments(block_index, device)
+        outputs: Hidden = []
+        for batch in hidden:
+            output = block(batch.to(device), **arguments)
+            output = output[0] if isinstance(output, tuple) else output
+            if not bool(torch.isfinite(output).all()):
+                raise CalibrationError(
+                    compose(
+                        subject="hidden state",
+                        value="NaN or infinity",
+                        constraint="is not finite",
+                        place=f"{self.description.blocks}.{block_index}",
+                        remedy="check the model's weights, and compute in float32",
+                    )
+                )
+            outputs.append(output.to(batch.device))
+        return outputs
+
+    @torch.no_grad()
+    def visit(
+        self,
+        block: nn.Module,
+        block_index: int,
+        hidden: Hidden,
+        visitors: dict[str, Callable[[Tensor], None]],
+    ) -> None:
+        """Show the input of linears to visitors, and end each pass once all of them have seen it.
+
+        Args:
+            block: The block.
+            block_index: Its place in the model.
+            hidden: Its inputs, batch by batch.
+            visitors: For each path of a linear inside the block, what to call with its input.
+        """
+        device = next(block.parameters()).device
+        arguments = self.arguments(block_index, device)
+        with ExitStack() as stack:
+            waiting: set[str] = set()
+            for path, visitor in visitors.items():
+                hook = _visiting_hook(path, visitor, waiting)
+                handle = block.get_submodule(path).register_forward_pre_hook(hook)
+                stack.callback(handle.remove)
+            for batch in hidden:
+                waiting.update(visitors)
+                try:
+                    block(batch.to(device), **arguments)
+                except _StopForward:
+                    continue
+
+    def collect(
+        self,
+        block: nn.Module,
+        block_index: int,
+        hidden: Hidden,
+        needs: dict[Site, frozenset[str]],
+        prepare: Callable[[Tensor], Tensor] | None = None,
+    ) -> dict[Site, dict[str, Tensor]]:
+        """Return the statistics that each site needs, in one pass.
+
+        Args:
+            block: The block.
+            block_index: Its place in the model.
+            hidden: Its inputs, batch by batch.
+            needs: Names of statistics per site; sites that need none are left out of the pass.
+            prepare: Applied to the site's tokens first, e.g. the rounding that the layer will see.
+        """
+        accumulators = {site: make_statistics(names) for site, names in needs.items() if names}
+
+        def visitor(site: Site) -> Callable[[Tensor], None]:
+            def update(x: Tensor) -> None:
+                tokens = x.reshape(-1, x.shape[-1])
+                tokens = tokens if prepare is None else prepare(tokens)
+                for statistic in accumulators[site].values():
+                    statistic.update(tokens)
+
+            return update
+
+        if accumulators:
+            visitors = {site.consumers[0]: visitor(site) for site in accumulators}
+            self.visit(block, block_index, hidden, visitors)
+        results: dict[Site, dict[str, Tensor]] = {site: {} for site in needs}
+        for site, statistics in accumulators.items():
+            results[site] = {name: statistic.result() for name, statistic in statistics.items()}
+        return results
+
+    def site_inputs(self, block: nn.Module, block_index: int, hidden: Hidden, site: Site) -> Hidden:
+        """Return what the consumers of a site read, batch by batch, on the devices of `hidden`."""
+        collected: Hidden = []
+        self.visit(block, block_index, hidden, {site.consumers[0]: collected.append})
+        return [x.to(batch.device) for x, batch in zip(collected, hidden, strict=True)]
+
+    @torch.no_grad()
+    def intercept(
+        self,
+        module: nn.Module,
+        target: nn.Module,
+        x: Float[Tensor, "B T K"],
+        arguments: dict[str, Any],
+    ) -> Tensor:
+        """Run a submodule of a block on x and return the input of a linear inside it."""
+        seen: list[Tensor] = []
+
+        def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            seen.append(inputs[0])
+            raise _StopForward
+
+        handle = target.register_forward_pre_hook(hook)
+        try:
+            module(x, **arguments)
+        except _StopForward:
+            pass
+        finally:
+            handle.remove()
+        return seen[0]
+
+
+@torch.no_grad()
+def capture_inputs(
+    model: nn.Module,
+    description: DecoderDescription,
+    tokens: Int64[Tensor, "B T"],
+    *,
+    batch_size: int,
+    device: torch.device,
+    storage: torch.device,
+) -> tuple[Hidden, BlockRunner]:
+    """Run the embeddings and record what each block receives.
+
+    Args:
+        model: A causal language model; its blocks' parameters are not touched and may be on the meta device.
+        description: Its architecture.
+        tokens: Calibration sequences of equal length, without padding.
+        batch_size: Sequences per batch.
+        device: Where the embeddings are.
+        storage: Where hidden states are kept between blocks.
+    """
+    blocks = list(model.get_submodule(description.blocks).children())
+    recorded: list[dict[str, Any]] = [{} for _ in blocks]
+    hidden: Hidden = []
+
+    def record(index: int) -> Callable[..., Any]:
+        def forward(hidden_states: Tensor, *positional: Any, **keywords: Any) -> Any:
+            if positional:
+                raise AssertionError(f"block {index} received positional arguments beside the hidden state")
+            recorded[index] = {
+                name: value
+                for name, value in keywords.items()
+                if name not in ("past_key_values", "past_key_value", "use_cache", "output_attentions")
+            }
+            if index == len(blocks) - 1:
+                raise _StopForward
+            return (hidden_states,) if description.block_returns_tuple else hidden_states
+
+        return forward
+
+    def keep(hidden_states: Tensor, *_: Any, **__: Any) -> Any:
+        hidden.append(hidden_states.to(storage))
+        raise _StopForward
+
+    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+
+    def start(batch: Tensor) -> None:
+        try:
+            decoder(input_ids=batch.to(device), use_cache=False)
+        except _StopForward:
+            return
+
+    with _forwards(blocks, [record(index) for index in range(len(blocks))]):
+        start(tokens[:1])
+    with _forwards(blocks[:1], [keep]):
+        for batch in tokens.split(batch_size):
+            start(batch)
+    return hidden, BlockRunner(description, recorded)
+
+
+@contextmanager
+def _forwards(blocks: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]]) -> Iterator[None]:
+    """Replace the forward of modules for a while; attributes that the model reads stay in place."""
+    previous = [block.__dict__.get("forward") for block in blocks]
+    try:
+        for block, forward in zip(blocks, forwards, strict=True):
+            block.__dict__["forward"] = forward
+        yield
+    finally:
+        for block, before in zip(blocks, previous, strict=True):
+            if before is None:
+                del block.__dict__["forward"]
+            else:
+                block.__dict__["forward"] = before
+
+
+def _visiting_hook(path: str, visitor: Callable[[Tensor], None], waiting: set[str]) -> Callable[..., None]:
+    def hook(_: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        visitor(arguments[0])
+        waiting.discard(path)
+        if not waiting:
+            raise _StopForward
+
+    return hook
+
+
+def _to(value: Any, device: torch.device) -> Any:
+    if isinstance(value, Tensor):
+        return value.to(device)
+    if isinstance(value, tuple):
+        return tuple(_to(item, device) for item in value)
+    return value

@@ -1,0 +1,100 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Running statistics of a layer's input, accumulated over calibration tokens."""
+
+from abc import ABC, abstractmethod
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from quattuor.errors import CalibrationError, InputError, compose
+
+__all__ = ["STATISTICS", "AbsMax", "Hessian", "Statistic", "make_statistics"]
+
+
+class Statistic(ABC):
+    """Accumulates over tokens; every token counts the same, whatever the batches were."""
+
+    @abstractmethod
+    def update(self, x: Float[Tensor, "M K"]) -> None:
+        """Add M tokens."""
+
+    @abstractmethod
+    def result(self) -> Tensor:
+        """Return the statistic. Raises CalibrationError when no token was seen."""
+
+
+class Hessian(Statistic):
+    """Mean of x x^T over tokens, `[K, K]`, float32; no factor 2 (solvers do not depend on it)."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._sum: Tensor | None = None
+        self._num_tokens = 0
+
+    def update(self, x: Float[Tensor, "M K"]) -> None:
+        """Add M tokens."""
+        x = x.float()
+        if self._sum is None:
+            self._sum = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+        self._sum.addmm_(x.T, x)
+        self._num_tokens += x.shape[0]
+
+    def result(self) -> Float[Tensor, "K K"]:
+        """Return the mean."""
+        if self._sum is None or self._num_tokens == 0:
+            raise _empty("Hessian")
+        return self._sum / self._num_tokens
+
+
+class AbsMax(Statistic):
+    """max over tokens of |x|, per input channel, `[K]`, float32."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._largest: Tensor | None = None
+
+    def update(self, x: Float[Tensor, "M K"]) -> None:
+        """Add M tokens."""
+        if x.shape[0] == 0:
+            return
+        largest = x.float().abs().amax(dim=0)
+        self._largest = largest if self._largest is None else torch.maximum(self._largest, largest)
+
+    def result(self) -> Float[Tensor, " K"]:
+        """Return the maxima."""
+        if self._largest is None:
+            raise _empty("AbsMax")
+        return self._largest
+
+
+STATISTICS: dict[str, type[Statistic]] = {"hessian": Hessian, "abs_max": AbsMax}
+"""Every statistic a part may name in `needs`."""
+
+
+def make_statistics(names: frozenset[str]) -> dict[str, Statistic]:
+    """Return an empty accumulator for each name."""
+    unknown = sorted(names - STATISTICS.keys())
+    if unknown:
+        raise InputError(
+            compose(
+                subject="statistic",
+                value=unknown[0],
+                constraint="does not exist",
+                place="make_statistics",
+                remedy=f"use one of {', '.join(STATISTICS)}, or add it to calibration/statistics.py",
+            )
+        )
+    return {name: STATISTICS[name]() for name in sorted(names)}
+
+
+def _empty(name: str) -> CalibrationError:
+    return CalibrationError(
+        compose(
+            subject="tokens",
+            value=0,
+            constraint="reached this layer",
+            place=name,
+            remedy="calibrate with data that passes through every layer",
+        )
+    )

@@ -1,0 +1,377 @@
+# SPDX-License-Identifier: Apache-2.0
+"""quantize(model, recipe, tokens): the whole pipeline on one screen."""
+
+import hashlib
+import logging
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any, Protocol
+
+import psutil
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+
+from quattuor.activations import ActivationQuantizer
+from quattuor.apply import activation_name, check, choose, place_
+from quattuor.calibration.blockwise import BlockRunner, capture_inputs
+from quattuor.errors import CalibrationError, compose
+from quattuor.folding import (
+    fold_block_norms_,
+    fold_final_norm_,
+    rotate_block_heads_,
+    rotate_block_residual_,
+    rotate_ends_,
+    untie_head_,
+)
+from quattuor.granularity import Granularity
+from quattuor.models import DecoderDescription, Heads, Site, describe, discover
+from quattuor.nn.linear import LinearLayout
+from quattuor.progress import Progress, Silent
+from quattuor.recipe import Recipe
+from quattuor.site_search import SiteSearch
+from quattuor.solvers import Solution
+from quattuor.transforms import FoldNorms, RotateHeads, RotateResidual
+from quattuor.transforms.base import SiteTransform
+
+__all__ = ["BlockStore", "InMemory", "LayerReport", "QuantizationReport", "quantize"]
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LayerReport:
+    """What happened to one linear. `error` is relative in output space, see `solvers/base.py`."""
+
+    name: str
+    number_format: str
+    granularity: str
+    bits_per_weight: float
+    error: float
+    seconds: float
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(slots=True, kw_only=True)
+class QuantizationReport:
+    """What a run did: each layer, seconds by phase, peak memory, calibration tokens."""
+
+    layers: list[LayerReport] = field(default_factory=list)
+    seconds: dict[str, float] = field(default_factory=dict)
+    peak_memory_bytes: int = 0
+    peak_device_memory_bytes: int | None = None
+    num_tokens: int = 0
+    blocks: int = 0
+    notes: list[str] = field(default_factory=list)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain data."""
+        return asdict(self)
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time spent inside to a phase."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+
+    def measure_memory(self, device: torch.device) -> None:
+        """Raise the recorded peaks to what is in use now."""
+        self.peak_memory_bytes = max(self.peak_memory_bytes, psutil.Process().memory_info().rss)
+        if device.type == "cuda":
+            self.peak_device_memory_bytes = torch.cuda.max_memory_allocated(device)
+
+
+class BlockStore(Protocol):
+    """Where a model's parameters come from, and where finished modules go."""
+
+    def load_(self, module: nn.Module, prefix: str) -> None:
+        """Make the parameters of a module real."""
+
+    def emit(self, module: nn.Module, prefix: str) -> None:
+        """Take a finished module."""
+
+
+class InMemory(BlockStore):
+    """The model is in memory already and stays there."""
+
+    def load_(self, module: nn.Module, prefix: str) -> None:
+        """Nothing to load."""
+
+    def emit(self, module: nn.Module, prefix: str) -> None:
+        """Nothing to write."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Run:
+    """One model under one recipe: everything that stays the same from block to block."""
+
+    model: nn.Module
+    recipe: Recipe
+    description: DecoderDescription
+    heads: Heads | None
+    activation: str
+    sites: tuple[Site, ...]
+    device: torch.device
+    seed: int
+    report: QuantizationReport
+
+
+@torch.no_grad()
+def quantize(
+    model: nn.Module,
+    recipe: Recipe,
+    tokens: Int64[Tensor, "B T"],
+    *,
+    store: BlockStore | None = None,
+    device: str | torch.device | None = None,
+    storage: str | torch.device = "cpu",
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> QuantizationReport:
+    """Quantize the decoder blocks of a model in place, one block at a time.
+
+    Args:
+        model: A causal language model of transformers, in float32 for exact statistics.
+        recipe: What is done; checked against the model before any work.
+        tokens: Calibration sequences of equal length.
+        store: Where parameters come from and go to; None when the model is in memory.
+        device: Where a block is computed; None for where the model is.
+        storage: Where hidden states wait between blocks.
+        batch_size: Sequences per forward pass; changes memory, not results beyond rounding.
+        seed: Seeds every random choice, with the name of what it is for.
+        progress: Told about each block.
+
+    Returns:
+        What was done to each linear, seconds by phase, peak memory.
+
+    Raises:
+        InputError, UnsupportedError: The recipe does not fit the model.
+        CalibrationError: The data cannot support the recipe, or an activation is not finite.
+    """
+    progress, store = progress or Silent(), store or InMemory()
+    run = _prepare(model, recipe, tokens, device, seed)
+    report, blocks = run.report, list(model.get_submodule(run.description.blocks).children())
+    with report.phase("ends"):
+        rotations = _transform_ends_(run, store)
+    with report.phase("embed"):
+        hidden, runner = capture_inputs(
+            model,
+            run.description,
+            tokens,
+            batch_size=batch_size,
+            device=model.get_input_embeddings().weight.device,
+            storage=torch.device(storage),
+        )
+    _emit_ends(run, store)
+    progress.start("blocks", len(blocks))
+    for index, block in enumerate(blocks):
+        prefix = f"{run.description.blocks}.{index}"
+        start = time.perf_counter()
+        store.load_(block, prefix)
+        home = next(block.parameters()).device
+        block.to(run.device)
+        with report.phase("rotate"):
+            _rotate_block_(run, block, rotations)
+        with report.phase("smooth"):
+            _smooth_block_(run, runner, block, index, hidden)
+        hidden = _quantize_block_(run, runner, block, index, hidden)
+        report.measure_memory(run.device)
+        block.to(home)
+        store.emit(block, prefix)
+        errors = [layer.error for layer in report.layers if layer.name.startswith(prefix + ".")]
+        note = f"error {sum(errors) / len(errors):.2e}" if errors else "kept"
+        elapsed_s = time.perf_counter() - start
+        logger.info("%s %s %.1fs %d bytes", prefix, note, elapsed_s, report.peak_memory_bytes)
+        progress.advance("blocks", note=note)
+    progress.finish("blocks")
+    return report
+
+
+def _prepare(
+    model: nn.Module,
+    recipe: Recipe,
+    tokens: Int64[Tensor, "B T"],
+    device: str | torch.device | None,
+    seed: int,
+) -> _Run:
+    """Describe the model, check the recipe and the data against it."""
+    if tokens.numel() == 0:
+        raise CalibrationError(
+            compose(
+                subject="tokens",
+                value=tuple(tokens.shape),
+                constraint="holds no calibration sequence",
+                place="quantize",
+                remedy="pass at least one sequence of token ids",
+            )
+        )
+    config = model.config.to_dict()
+    description = describe(model.config) if recipe.transforms else _describe_or_discover(model)
+    check(recipe, description, model, config)
+    target = torch.device(device) if device is not None else model.get_input_embeddings().weight.device
+    return _Run(
+        model=model,
+        recipe=recipe,
+        description=description,
+        heads=description.heads(config) if description.attention is not None else None,
+        activation=activation_name(config),
+        sites=description.sites(activation_name(config)),
+        device=torch.device("cpu") if target.type == "meta" else target,
+        seed=seed,
+        report=QuantizationReport(
+            num_tokens=tokens.numel(), blocks=len(list(model.get_submodule(description.blocks).children()))
+        ),
+    )
+
+
+def _describe_or_discover(model: nn.Module) -> DecoderDescription:
+    """Use the written description where there is one; without transforms a discovered one serves as well."""
+    from quattuor.models import DESCRIPTIONS
+
+    known = model.config.model_type in DESCRIPTIONS
+    return describe(model.config) if known else discover(model)
+
+
+def _transform_ends_(run: _Run, store: BlockStore) -> dict[str, Tensor]:
+    """Load embeddings, final norm and head, rotate them, and return the rotations of the blocks."""
+    model, description = run.model, run.description
+    for path in _end_paths(description):
+        store.load_(model.get_submodule(path), path)
+    rotations: dict[str, Tensor] = {}
+    for transform in run.recipe.transforms:
+        seed = derive_seed(run.seed, type(transform).__name__)
+        if isinstance(transform, FoldNorms):
+            untie_head_(model)
+            fold_final_norm_(model, description)
+        elif isinstance(transform, RotateResidual):
+            size = model.get_input_embeddings().weight.shape[1]
+            rotations["residual"] = transform.matrix(size, seed)
+            rotate_ends_(model, description, rotations["residual"])
+        elif isinstance(transform, RotateHeads):
+            assert run.heads is not None, "legality was checked"
+            rotations["heads"] = transform.matrix(run.heads.head_dim, seed)
+    return rotations
+
+
+def _emit_ends(run: _Run, store: BlockStore) -> None:
+    """Hand on what no block needs any more."""
+    for path in _end_paths(run.description):
+        store.emit(run.model.get_submodule(path), path)
+
+
+def _end_paths(description: DecoderDescription) -> tuple[str, ...]:
+    final = () if description.final_norm is None else (description.final_norm,)
+    return (*description.embeddings, *final, description.head)
+
+
+def _rotate_block_(run: _Run, block: nn.Module, rotations: dict[str, Tensor]) -> None:
+    """Apply the model-wide transforms to one block."""
+    for transform in run.recipe.transforms:
+        if isinstance(transform, FoldNorms):
+            fold_block_norms_(block, run.description, run.sites)
+        elif isinstance(transform, RotateResidual):
+            rotate_block_residual_(block, run.sites, rotations["residual"].to(run.device))
+        elif isinstance(transform, RotateHeads):
+            assert run.heads is not None, "legality was checked"
+            rotate_block_heads_(block, run.description, run.heads, rotations["heads"].to(run.device))
+
+
+def _smooth_block_(
+    run: _Run, runner: BlockRunner, block: nn.Module, index: int, hidden: list[Float[Tensor, "B T K"]]
+) -> None:
+    """Find and fold the site transforms of one block."""
+    prefix = f"{run.description.blocks}.{index}"
+
+    def choice_of(site: Site) -> tuple[Granularity, int, ActivationQuantizer | None] | None:
+        choice = choose(run.recipe, f"{prefix}.{site.consumers[0]}")
+        if choice is None:
+            return None
+        return choice.weights.granularity, choice.weights.number_format.bits, choice.activations
+
+    for transform in run.recipe.transforms:
+        if isinstance(transform, SiteTransform):
+            assert run.heads is not None, "legality was checked"
+            search = SiteSearch(runner, run.heads, run.activation, choice_of)
+            search.run_(block, index, hidden, run.sites, transform)
+
+
+def _quantize_block_(
+    run: _Run, runner: BlockRunner, block: nn.Module, index: int, hidden: list[Float[Tensor, "B T K"]]
+) -> list[Float[Tensor, "B T K"]]:
+    """Solve and replace the linears of one block; return what the next block receives."""
+    following = None
+    if run.recipe.inputs == "original":
+        with run.report.phase("propagate"):
+            following = runner.run(block, index, hidden)
+    stages = [[site] for site in run.sites] if run.recipe.sequential else [list(run.sites)]
+    for stage in stages:
+        with run.report.phase("collect"):
+            statistics = _collect(run, runner, block, index, hidden, stage)
+        with run.report.phase("solve"):
+            for site in stage:
+                _solve_site_(run, block, index, site, statistics[site])
+    if following is None:
+        with run.report.phase("propagate"):
+            following = runner.run(block, index, hidden)
+    return following
+
+
+def _collect(
+    run: _Run,
+    runner: BlockRunner,
+    block: nn.Module,
+    index: int,
+    hidden: list[Float[Tensor, "B T K"]],
+    stage: list[Site],
+) -> dict[Site, dict[str, Tensor]]:
+    """Gather what the solvers of a stage need, from inputs rounded as the layers will see them if asked."""
+    prefix = f"{run.description.blocks}.{index}"
+    needs: dict[Site, frozenset[str]] = {}
+    for site in stage:
+        choices = [choose(run.recipe, f"{prefix}.{path}") for path in site.consumers]
+        needs[site] = frozenset().union(*(choice.weights.solver.needs for choice in choices if choice))
+    rounds = run.recipe.inputs == "rounded" and run.recipe.activations is not None
+    prepare = run.recipe.activations.fake_quantize if rounds and run.recipe.activations else None
+    return runner.collect(block, index, hidden, needs, prepare)
+
+
+def _solve_site_(run: _Run, block: nn.Module, index: int, site: Site, statistics: dict[str, Tensor]) -> None:
+    """Solve the linears that share an input together, and put the packed ones in place."""
+    prefix = f"{run.description.blocks}.{index}"
+    groups: dict[Any, list[str]] = {}
+    for path in site.consumers:
+        choice = choose(run.recipe, f"{prefix}.{path}")
+        if choice is not None:
+            groups.setdefault(choice, []).append(path)
+    for choice, paths in groups.items():
+        start = time.perf_counter()
+        weights = [block.get_submodule(path).weight.float() for path in paths]
+        solutions = choice.weights.solve(weights, statistics)
+        seconds = (time.perf_counter() - start) / len(paths)
+        for path, solution in zip(paths, solutions, strict=True):
+            name = f"{prefix}.{path}"
+            module = place_(block, path, solution, choice.activations, name=name)
+            run.report.layers.append(_describe_layer(name, module.layout, solution, seconds))
+
+
+def derive_seed(seed: int, name: str) -> int:
+    """Return a seed that depends on the run's seed and on what it is for, and on nothing else."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{name}".encode()).digest()[:6], "big")
+
+
+def _describe_layer(name: str, layout: LinearLayout, solution: Solution, seconds: float) -> LayerReport:
+    return LayerReport(
+        name=name,
+        number_format=str(layout.number_format),
+        granularity=str(layout.granularity),
+        bits_per_weight=solution.tensor.bits_per_weight,
+        error=solution.error,
+        seconds=seconds,
+        notes=solution.notes,
+    )

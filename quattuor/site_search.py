@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Runs site transforms on a block: turns each site into tensors, and folds what is found.
+
+Sites are taken in forward order, and each sees the error of those before it: once a site is settled, its consumers
+compute with rounded weights and rounded inputs. The block gets its original weights back at the end, with all
+scales folded, so that the search leaves the block's function as it was.
+"""
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor, nn
+from transformers.activations import ACT2FN
+
+from quattuor.activations import ActivationQuantizer
+from quattuor.calibration.blockwise import BlockRunner
+from quattuor.calibration.statistics import AbsMax
+from quattuor.folding import fold_scale_
+from quattuor.formats import Integer
+from quattuor.granularity import Granularity
+from quattuor.models import Heads, Site, SiteKind
+from quattuor.scales import AbsMax as AbsMaxScale
+from quattuor.transforms.base import SiteProblem, SiteTransform
+
+__all__ = ["SiteSearch"]
+
+
+class SiteSearch:
+    """Finds and folds the site transforms of one block.
+
+    Args:
+        runner: Calls the block.
+        heads: Its head counts.
+        activation: Name of the feed-forward activation.
+        choices: For each site, the granularity and width of its weights and its activation quantizer, or None
+            when the site is not quantized.
+    """
+
+    def __init__(
+        self,
+        runner: BlockRunner,
+        heads: Heads,
+        activation: str,
+        choices: Callable[[Site], tuple[Granularity, int, ActivationQuantizer | None] | None],
+    ) -> None:
+        """Keep the block's surroundings."""
+        self.runner = runner
+        self.description = runner.description
+        self.heads = heads
+        self.activation = activation
+        self.choices = choices
+
+    @torch.no_grad()
+    def run_(
+        self,
+        block: nn.Module,
+        block_index: int,
+        hidden: list[Float[Tensor, "B T K"]],
+        sites: Sequence[Site],
+        transform: SiteTransform,
+    ) -> dict[str, Float[Tensor, " K"]]:
+        """Find a scale at each of the transform's sites, fold them all, and return them by site name."""
+        original = {name: value.detach().clone() for name, value in block.named_parameters()}
+        found: list[tuple[Site, Tensor]] = []
+        with ExitStack() as stack:
+            for site in sites:
+                choice = self.choices(site)
+                if choice is None:
+                    continue
+                if site.name in transform.sites:
+                    scale = transform.find(self._problem(block, block_index, hidden, site, choice))
+                    fold_scale_(block, self.description, self.heads, site, scale)
+                    found.append((site, scale))
+                _degrade_(block, site, choice, stack)
+        for name, value in block.named_parameters():
+            value.data.copy_(original[name])
+        for site, scale in found:
+            fold_scale_(block, self.description, self.heads, site, scale)
+        return {site.name: scale for site, scale in found}
+
+    def _problem(
+        self,
+        block: nn.Module,
+        block_index: int,
+        hidden: list[Float[Tensor, "B T K"]],
+        site: Site,
+        choice: tuple[Granularity, int, ActivationQuantizer | None],
+    ) -> SiteProblem:
+        """Describe a site by its tensors. The consumers are not rounded yet, so theirs is the original weight."""
+        granularity, bits, activations = choice
+        inputs = torch.cat(self.runner.site_inputs(block, block_index, hidden, site)).float()
+        statistic = AbsMax()
+        statistic.update(inputs.reshape(-1, inputs.shape[-1]))
+        device = next(block.parameters()).device
+        linears = [block.get_submodule(path) for path in site.consumers]
+        return SiteProblem(
+            inputs=inputs,
+            weight=torch.cat([linear.weight for linear in linears]).float(),
+            evaluate=self._evaluate(block, block_index, site, device),
+            abs_max=statistic.result().to(device),
+            ties=self._ties(site, device),
+            granularity=granularity,
+            bits=bits,
+            activations=activations,
+        )
+
+    def _ties(self, site: Site, device: torch.device) -> Int64[Tensor, " K"] | None:
+        """Tie the channels of query heads that read the same value head."""
+        if site.kind is not SiteKind.VALUE_OUTPUT:
+            return None
+        heads = self.heads
+        kv_head = torch.arange(heads.num_heads, device=device) // (heads.num_heads // heads.num_kv_heads)
+        channel = torch.arange(heads.head_dim, device=device)
+        return (kv_head[:, None] * heads.head_dim + channel).reshape(-1)
+
+    def _evaluate(
+        self, block: nn.Module, block_index: int, site: Site, device: torch.device
+    ) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return f(inputs, weight): what the next site reads, or the linear's output where nothing follows."""
+        attention, mlp = self.description.attention, self.description.mlp
+        assert attention is not None, "only described sites have a transform"
+        assert mlp is not None, "only described sites have a transform"
+        linears = [block.get_submodule(path) for path in site.consumers]
+        if site.name == "qkv":
+            module, target = block.get_submodule(attention.module), block.get_submodule(attention.output)
+            arguments = self.runner.arguments(block_index, device)
+        elif site.name == "gate_up" and mlp.module is not None:
+            module, target, arguments = block.get_submodule(mlp.module), block.get_submodule(mlp.down), {}
+        else:
+            return self._linear(linears[0], site.name == "gate_up")
+
+        def run(inputs: Tensor, weight: Tensor) -> Tensor:
+            with _weights(linears, weight):
+                return self.runner.intercept(module, target, inputs, arguments)
+
+        return run
+
+    def _linear(self, linear: nn.Module, activates: bool) -> Callable[[Tensor, Tensor], Tensor]:
+        """Return inputs @ weight.T + bias, through the activation for the first layer of a plain network."""
+        activation = ACT2FN[self.activation] if activates else nn.Identity()
+
+        def run(inputs: Tensor, weight: Tensor) -> Tensor:
+            result: Tensor = activation(nn.functional.linear(inputs, weight, linear.bias))
+            return result
+
+        return run
+
+
+class _weights:
+    """Puts rows of a stacked weight into linears for a while."""
+
+    def __init__(self, linears: Sequence[nn.Module], stacked: Tensor) -> None:
+        """Cut the stack into the linears' rows."""
+        self.linears = linears
+        self.parts = stacked.split([linear.weight.shape[0] for linear in linears])
+        self.before = [linear.weight.data for linear in linears]
+
+    def __enter__(self) -> None:
+        """Put them in."""
+        for linear, part in zip(self.linears, self.parts, strict=True):
+            linear.weight.data = part.to(linear.weight.dtype)
+
+    def __exit__(self, *_: object) -> None:
+        """Put the originals back."""
+        for linear, weight in zip(self.linears, self.before, strict=True):
+            linear.weight.data = weight
+
+
+def _degrade_(
+    block: nn.Module,
+    site: Site,
+    choice: tuple[Granularity, int, ActivationQuantizer | None],
+    stack: ExitStack,
+) -> None:
+    """Round a site's weights in place and its inputs while the stack is open."""
+    granularity, bits, activations = choice
+    number_format = Integer(bits, narrow=True)
+    for path in site.consumers:
+        linear = block.get_submodule(path)
+        values = granularity.split(linear.weight.float())
+        rounded = number_format.fake_quantize(values, AbsMaxScale().fit(values, number_format))
+        linear.weight.data.copy_(granularity.merge(rounded, tuple(linear.weight.shape)))
+        if activations is not None:
+            handle = linear.register_forward_pre_hook(_rounding_hook(activations))
+            stack.callback(handle.remove)
+
+
+def _rounding_hook(activations: ActivationQuantizer) -> Callable[..., tuple[Tensor, ...]]:
+    def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        return (activations.fake_quantize(inputs[0]), *inputs[1:])
+
+    return hook
