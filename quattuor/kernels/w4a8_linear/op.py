@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public wrapper: checks every input, chooses the implementation, calls the registered operator."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -19,14 +20,35 @@ from quattuor.kernels.dispatch import (
 )
 from quattuor.kernels.w4a8_linear.float32 import Float32
 from quattuor.kernels.w4a8_linear.reference import Reference
+from quattuor.kernels.w4a8_linear.triton import Triton
 
 __all__ = ["IMPLEMENTATIONS", "Plan", "plan"]
 
 PLACE = "w4a8_linear"
 
 #: Fastest first; the reference supports every legal problem.
-IMPLEMENTATIONS: tuple[Implementation, ...] = (Float32(), Reference())
+IMPLEMENTATIONS: tuple[Implementation, ...] = (Triton(), Float32(), Reference())
 BY_NAME = {implementation.name: implementation for implementation in IMPLEMENTATIONS}
+
+
+@functools.cache
+def known_problem(
+    out_features: int,
+    in_features: int,
+    weight_bits: int,
+    group_size: int,
+    integer_group_scale: bool,
+    device_type: str,
+) -> LinearProblem:
+    """Return the problem of a layer that the operator computes; cached, since a call has no time to check it."""
+    return LinearProblem(
+        out_features=out_features,
+        in_features=in_features,
+        weight_bits=weight_bits,
+        group_size=group_size or None,
+        integer_group_scale=integer_group_scale,
+        device_type=device_type,
+    )
 
 
 @torch.library.custom_op("quattuor::w4a8_linear", mutates_args=())
@@ -47,14 +69,8 @@ def w4a8_linear(
 
     `names` holds the comma-separated names of `operand`; `group_size` is 0 for one scale per channel.
     """
-    problem = LinearProblem(
-        out_features=out_features,
-        in_features=x_codes.shape[1],
-        weight_bits=weight_bits,
-        group_size=group_size or None,
-        integer_group_scale=integer_group_scale,
-        output_dtype=out_dtype,
-        device_type=x_codes.device.type,
+    problem = known_problem(
+        out_features, x_codes.shape[1], weight_bits, group_size, integer_group_scale, x_codes.device.type
     )
     tensors = dict(zip(names.split(","), operand, strict=True))
     return BY_NAME[implementation].linear(problem, (x_codes, x_scale), tensors, bias, out_dtype)

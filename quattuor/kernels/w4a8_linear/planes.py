@@ -1,0 +1,95 @@
+# SPDX-License-Identifier: Apache-2.0
+"""K-plane nibble packing: the weight layout of the GPU kernels. Drawn in README.md."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import pad
+
+from quattuor.kernels.dispatch import LinearProblem
+from quattuor.kernels.w4a8_linear.reference import int8_weight
+
+__all__ = ["BLOCK_K", "PLANE_K", "ROW_TILE", "Tile", "mode_of", "pack_planes", "prepare_planes", "unpack_planes"]
+
+#: Elements of K in one block: two planes of `PLANE_K`, one in the low and one in the high nibbles.
+BLOCK_K = 256
+PLANE_K = 128
+#: Rows of the packed weight are padded to a multiple of this, so that kernels need no row mask.
+ROW_TILE = 256
+#: Arrival counters per layer: tiles whose sums are split along K, at most one for each 64 rows and 16 tokens.
+MAX_SPLIT_TILES = 1 << 14
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tile:
+    """The work of one program: `rows` output features by `tokens`, K cut in `split` parts, and its resources."""
+
+    rows: int
+    tokens: int
+    split: int
+    num_warps: int
+    num_stages: int
+
+
+def mode_of(problem: LinearProblem) -> str:
+    """Return how a kernel turns stored bytes into int8 operands.
+
+    "channel", "integer" and "half" store nibbles and differ in the group scale: none, an integer, a float16.
+    "byte" stores the int8 operands themselves, which is how codes of more than 4 bits are kept.
+    """
+    if problem.weight_bits > 4:
+        return "byte"
+    if problem.group_size is None:
+        return "channel"
+    return "integer" if problem.integer_group_scale else "half"
+
+
+def pad_weight(codes: Tensor) -> Tensor:
+    """Pad [N, K] with zeros to whole row tiles and K blocks."""
+    out_features, in_features = codes.shape
+    return pad(codes, (0, -in_features % BLOCK_K, 0, -out_features % ROW_TILE))
+
+
+def pack_planes(codes: Tensor) -> Tensor:
+    """Pack signed 4-bit codes [N, K] into int8 [N', K' / 2], N' and K' padded with zero codes.
+
+    Byte 128 b + j of a row holds element 256 b + j in its low and element 256 b + 128 + j in its high nibble.
+    """
+    codes = pad_weight(codes)
+    low, high = codes.view(codes.shape[0], -1, 2, PLANE_K).unbind(dim=2)
+    return ((low & 0x0F) | (high << 4)).reshape(codes.shape[0], -1)
+
+
+def unpack_planes(packed: Tensor, out_features: int, in_features: int) -> Tensor:
+    """Return the int8 codes [N, K] of `pack_planes`."""
+    planes = packed.view(packed.shape[0], -1, PLANE_K)
+    codes = torch.stack(((planes << 4) >> 4, planes >> 4), dim=2)
+    return codes.reshape(packed.shape[0], -1)[:out_features, :in_features]
+
+
+def prepare_planes(
+    problem: LinearProblem, codes: Tensor, scale: Tensor, group_scale: Tensor | None
+) -> dict[str, Tensor]:
+    """Return the padded tensors that the GPU kernels share.
+
+    packed       int8 [N', K' / 2] nibbles, or [N', K'] in byte mode
+    scale        float32 [N']; divided by 16 in channel mode, whose operands are 16 * code (exact: a power of two)
+    group_scale  int8 (integer mode) or float16 (half mode) [G', N']: a warp reads one group of many rows
+    arrivals     int32 zeros: counters of programs that share a tile, zero again after every launch
+    """
+    mode = mode_of(problem)
+    row_padding = -problem.out_features % ROW_TILE
+    packed = pad_weight(int8_weight(problem, codes, group_scale)) if mode == "byte" else pack_planes(codes)
+    named = {
+        "packed": packed,
+        "scale": pad(scale / 16 if mode == "channel" else scale, (0, row_padding)),
+        "arrivals": torch.zeros(MAX_SPLIT_TILES, dtype=torch.int32, device=codes.device),
+    }
+    if mode in ("integer", "half"):
+        padded_features = problem.in_features + -problem.in_features % BLOCK_K
+        groups = -(-padded_features // problem.group_size)
+        padding = (0, row_padding, 0, groups - problem.num_groups)
+        padded = pad(group_scale.T, padding, value=1).contiguous()
+        named["group_scale"] = padded.to(torch.int8) if mode == "integer" else padded
+    return named

@@ -1,0 +1,102 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operation in Triton: which problems it takes, the weight layout, the tile for each token count."""
+
+import functools
+import importlib.util
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from quattuor.kernels.dispatch import Implementation, LinearProblem
+from quattuor.kernels.w4a8_linear.planes import BLOCK_K, Tile, mode_of, prepare_planes
+
+__all__ = ["Triton", "choose_tile"]
+
+
+@functools.cache
+def processors(device: torch.device) -> tuple[int, bool]:
+    """Return the number of multiprocessors of a CUDA device and whether it has warpgroup instructions."""
+    found = torch.cuda.get_device_properties(device)
+    return found.multi_processor_count, found.major == 9
+
+
+def choose_tile(
+    num_tokens: int, out_features: int, num_blocks: int, num_processors: int, has_warpgroups: bool
+) -> Tile:
+    """Return the tile for a token count: small, with K split, while tiles are few; wide otherwise.
+
+    Without warpgroup instructions the weight operand takes more registers and there is less shared memory, so
+    the widest tile has 64 tokens and three stages, which 99 KB of shared memory hold in every mode.
+    """
+    if num_tokens <= 16:
+        rows, tokens, num_warps, num_stages, per_processor = 64, 16, 4, 4, 3
+    elif num_tokens <= 32:
+        rows, tokens, num_warps, num_stages, per_processor = 64, 32, 4, 3, 3
+    elif num_tokens <= 64 or not has_warpgroups:
+        rows, tokens, num_warps, num_stages, per_processor = 128, 64, 8, 3, 2
+    else:
+        rows, tokens, num_warps, num_stages, per_processor = 128, 128, 8, 3, 1
+    tiles = -(-out_features // rows) * -(-num_tokens // tokens)
+    # a part shorter than 4 blocks costs more in partial sums than it gains in occupancy
+    split = max(1, min(num_processors * per_processor // tiles, num_blocks // 4))
+    return Tile(rows=rows, tokens=tokens, split=split, num_warps=num_warps, num_stages=num_stages)
+
+
+class Triton(Implementation):
+    """Plain Triton: int4 planes unpacked in registers, int32 sums on the tensor cores."""
+
+    name = "triton"
+    layout = "planes"
+
+    def supports(self, problem: LinearProblem) -> str | None:
+        if problem.device_type != "cuda":
+            return f"runs on CUDA devices, not on {problem.device_type}"
+        if problem.compute_capability is None or problem.compute_capability < (8, 0):
+            return f"needs compute capability 8.0, not {problem.compute_capability}"
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed (pip install triton)"
+        return None
+
+    def prepare(self, problem: LinearProblem, *tensors: Tensor | None) -> dict[str, Tensor]:
+        return prepare_planes(problem, *tensors)
+
+    def linear(
+        self,
+        problem: LinearProblem,
+        inputs: Sequence[Tensor],
+        operand: Mapping[str, Tensor],
+        bias: Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        from quattuor.kernels.w4a8_linear.triton_kernel import launch
+
+        x_codes, x_scale = inputs
+        num_tokens = x_codes.shape[0]
+        out = torch.empty(num_tokens, problem.out_features, dtype=out_dtype, device=x_codes.device)
+        if num_tokens == 0:
+            return out
+        if x_codes.stride(1) != 1:
+            x_codes = x_codes.contiguous()
+        mode = mode_of(problem)
+        packed = operand["packed"]
+        tile = choose_tile(
+            num_tokens,
+            problem.out_features,
+            -(-problem.in_features // BLOCK_K),
+            *processors(x_codes.device),
+        )
+        launch(
+            x_codes,
+            x_scale.contiguous(),
+            packed,
+            operand["scale"],
+            operand.get("group_scale"),
+            operand["arrivals"],
+            bias if bias is None else bias.contiguous(),
+            out,
+            mode=mode,
+            group_size=problem.group_size,
+            tile=tile,
+        )
+        return out

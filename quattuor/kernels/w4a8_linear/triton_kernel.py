@@ -1,0 +1,289 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Triton kernel of the operation, for compute capability 8.0 and later, and its launch.
+
+The operands are swapped: a program computes y[tokens, rows] transposed, with the weight as the first operand of
+the tensor-core instruction, so that a small batch wastes little of it. Codes are unpacked in registers between
+shared memory and the tensor cores; on Hopper the compiler then feeds them to the warpgroup instruction from
+registers. Unpacking is inline assembly on four codes at a time, because byte arithmetic on int8 tensors
+compiles to one extraction and one insertion per byte.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from quattuor.kernels.w4a8_linear.planes import Tile
+
+__all__ = ["MODES", "launch", "w4a8_kernel"]
+
+# How the kernel turns stored bytes into int8 operands.
+CHANNEL = tl.constexpr(0)  # nibbles; operand = 16 * code, and the channel scale is divided by 16
+INTEGER = tl.constexpr(1)  # nibbles; operand = code * r, r an integer in 1 .. 16
+HALF = tl.constexpr(2)  # nibbles; operand = clamp(rne(code * float16 group scale))
+BYTE = tl.constexpr(3)  # int8 operands as stored
+
+MODES = {"channel": CHANNEL, "integer": INTEGER, "half": HALF, "byte": BYTE}
+
+LOW_CHANNEL = tl.constexpr("{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xF0F0F0F0; }")
+HIGH_CHANNEL = tl.constexpr("and.b32 $0, $1, 0xF0F0F0F0;")
+
+# With u = code + 8 in 0 .. 15: u * r + (128 - 8 r) stays in 0 .. 240 in each byte, so one 32-bit multiply-add
+# scales four codes without a carry, and flipping the sign bits subtracts the 128. $2 is r, $6 the packed addend.
+LOW_INTEGER = tl.constexpr("""{
+    .reg .b32 t;
+    lop3.b32 t, $1, 0x0F0F0F0F, 0x08080808, 0x6A;
+    mad.lo.u32 t, t, $2, $6;
+    xor.b32 $0, t, 0x80808080;
+}""")
+HIGH_INTEGER = tl.constexpr("""{
+    .reg .b32 t;
+    shr.u32 t, $1, 4;
+    lop3.b32 t, t, 0x0F0F0F0F, 0x08080808, 0x6A;
+    mad.lo.u32 t, t, $2, $6;
+    xor.b32 $0, t, 0x80808080;
+}""")
+
+# 0x64uu is the float16 1024 + u, so subtracting 1032 gives the code. code * s + 1152 is rounded once; in
+# 1024 .. 2048 float16 is spaced by 1, so that is rne(code * s) + 1152, and clamping to 1024 .. 1279 leaves
+# clamp(..., -128, 127) + 128 in the low byte. Larger products round coarser but are clamped all the same.
+HALF_BODY = """
+    lop3.b32 t, t, 0x0F0F0F0F, 0x08080808, 0x6A;
+    mov.b32 one, 0x64646464;
+    prmt.b32 a, t, one, 0x4140;
+    prmt.b32 b, t, one, 0x4342;
+    mov.b32 c, 0x64086408;
+    sub.rn.f16x2 a, a, c;
+    sub.rn.f16x2 b, b, c;
+    mov.b32 c, 0x64806480;
+    fma.rn.f16x2 a, a, $2, c;
+    fma.rn.f16x2 b, b, $2, c;
+    mov.b32 c, 0x64006400;
+    max.f16x2 a, a, c;
+    max.f16x2 b, b, c;
+    mov.b32 c, 0x64FF64FF;
+    min.f16x2 a, a, c;
+    min.f16x2 b, b, c;
+    prmt.b32 t, a, b, 0x6420;
+    xor.b32 $0, t, 0x80808080;
+}"""
+LOW_HALF = tl.constexpr("{ .reg .b32 t, a, b, c, one; mov.b32 t, $1;" + HALF_BODY)
+HIGH_HALF = tl.constexpr("{ .reg .b32 t, a, b, c, one; shr.u32 t, $1, 4;" + HALF_BODY)
+
+
+@triton.jit
+def nibble(packed, HIGH: tl.constexpr):
+    """Signed code of the low or high nibble of int8 bytes: the interpreter's path."""
+    shifted = packed if HIGH else packed << 4
+    return shifted >> 4
+
+
+@triton.jit
+def unpack(packed, group_scale, HIGH: tl.constexpr, MODE: tl.constexpr, ASM: tl.constexpr):
+    """int8 operand of one plane. `group_scale` is int32: r, or two equal float16 in its halves."""
+    if MODE == CHANNEL:
+        if ASM:
+            operand = tl.inline_asm_elementwise(
+                HIGH_CHANNEL if HIGH else LOW_CHANNEL, "=r,r", [packed], dtype=tl.int8, is_pure=True, pack=4
+            )
+        else:
+            operand = nibble(packed, HIGH) * 16
+    elif MODE == INTEGER:
+        if ASM:
+            # 0x80808080 - r * 0x08080808, in wrapping 32-bit arithmetic
+            addend = group_scale * -0x08080808 - 0x7F7F7F80
+            operand = tl.inline_asm_elementwise(
+                HIGH_INTEGER if HIGH else LOW_INTEGER,
+                "=r,r,r,r,r,r,r,r,r,r",
+                [packed, group_scale, addend],
+                dtype=tl.int8,
+                is_pure=True,
+                pack=4,
+            )
+        else:
+            operand = (nibble(packed, HIGH) * group_scale).to(tl.int8)
+    else:
+        if ASM:
+            operand = tl.inline_asm_elementwise(
+                HIGH_HALF if HIGH else LOW_HALF,
+                "=r,r,r,r,r,r",
+                [packed, group_scale],
+                dtype=tl.int8,
+                is_pure=True,
+                pack=4,
+            )
+        else:
+            half = (group_scale & 0xFFFF).to(tl.int16).to(tl.float16, bitcast=True)
+            product = nibble(packed, HIGH).to(tl.float32) * half.to(tl.float32)
+            # adding and subtracting 1.5 * 2^23 rounds a small float32 to the nearest even integer
+            rounded = (tl.minimum(tl.maximum(product, -256.0), 256.0) + 12582912.0) - 12582912.0
+            operand = tl.minimum(tl.maximum(rounded, -128.0), 127.0).to(tl.int8)
+    return operand
+
+
+@triton.jit
+def load_group_scale(group_scale, first_k, row, column, N_PADDED, GROUP_SIZE: tl.constexpr, MODE: tl.constexpr):
+    """int32 group scales of one plane from `first_k` on: [rows, 1] when it is one group, else per element."""
+    if GROUP_SIZE % 128 == 0:
+        value = tl.load(group_scale + (first_k // GROUP_SIZE) * N_PADDED + row[:, None])
+    else:
+        group = (first_k + column) // GROUP_SIZE
+        value = tl.load(group_scale + group[None, :] * N_PADDED + row[:, None])
+    if MODE == HALF:
+        bits = value.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        value = bits | (bits << 16)
+    else:
+        value = value.to(tl.int32)
+    return value
+
+
+@triton.jit
+def load_tokens(x, token, k, M, K, stride_xm, EVEN_K: tl.constexpr):
+    """Activation codes [k, tokens], zero outside the matrix."""
+    mask = token[None, :] < M
+    if not EVEN_K:
+        mask = mask & (k[:, None] < K)
+    return tl.load(x + token[None, :].to(tl.int64) * stride_xm + k[:, None], mask=mask, other=0)
+
+
+@triton.jit
+def w4a8_kernel(
+    x,
+    x_scale,
+    packed,
+    scale,
+    group_scale,
+    bias,
+    out,
+    partial,
+    arrivals,
+    M,
+    N,
+    K,
+    stride_xm,
+    N_PADDED,
+    NUM_BLOCKS,
+    ROWS: tl.constexpr,
+    TOKENS: tl.constexpr,
+    MODE: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    SPLIT: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """One tile of ROWS outputs by TOKENS tokens over 1 / SPLIT of the K blocks.
+
+    With SPLIT > 1 every program stores its int32 sums; the last to arrive at a tile adds them in order, which
+    integer addition makes independent of who is last, and resets the arrival counter for the next launch.
+    """
+    tile = tl.program_id(0)
+    part = tl.program_id(1)
+    num_row_tiles = tl.cdiv(N, ROWS)
+    row = (tile % num_row_tiles) * ROWS + tl.arange(0, ROWS)
+    token = (tile // num_row_tiles) * TOKENS + tl.arange(0, TOKENS)
+    column = tl.arange(0, 128)
+    row_bytes = NUM_BLOCKS * (256 if MODE == BYTE else 128)
+    weight = packed + row[:, None].to(tl.int64) * row_bytes + column[None, :]
+    first = part * NUM_BLOCKS // SPLIT
+    last = (part + 1) * NUM_BLOCKS // SPLIT
+
+    acc = tl.zeros((ROWS, TOKENS), dtype=tl.int32)
+    for block in range(first, last):
+        k = block * 256 + column
+        x_low = load_tokens(x, token, k, M, K, stride_xm, EVEN_K)
+        x_high = load_tokens(x, token, k + 128, M, K, stride_xm, EVEN_K)
+        if MODE == BYTE:
+            acc = tl.dot(tl.load(weight + block * 256), x_low, acc, out_dtype=tl.int32)
+            acc = tl.dot(tl.load(weight + block * 256 + 128), x_high, acc, out_dtype=tl.int32)
+        else:
+            codes = tl.load(weight + block * 128)
+            low_scale, high_scale = 0, 0
+            if MODE != CHANNEL:
+                low_scale = load_group_scale(group_scale, block * 256, row, column, N_PADDED, GROUP_SIZE, MODE)
+                high_scale = load_group_scale(
+                    group_scale, block * 256 + 128, row, column, N_PADDED, GROUP_SIZE, MODE
+                )
+            acc = tl.dot(unpack(codes, low_scale, False, MODE, ASM), x_low, acc, out_dtype=tl.int32)
+            acc = tl.dot(unpack(codes, high_scale, True, MODE, ASM), x_high, acc, out_dtype=tl.int32)
+
+    offset = tl.arange(0, ROWS)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
+    is_last = True
+    if SPLIT > 1:
+        slabs = partial + tile.to(tl.int64) * (SPLIT * ROWS * TOKENS)
+        tl.store(slabs + part * (ROWS * TOKENS) + offset, acc)
+        tl.debug_barrier()
+        is_last = tl.atomic_add(arrivals + tile, 1, sem="acq_rel") == SPLIT - 1
+        if is_last:
+            acc = tl.zeros((ROWS, TOKENS), dtype=tl.int32)
+            for other in range(SPLIT):
+                acc += tl.load(slabs + other * (ROWS * TOKENS) + offset, cache_modifier=".cg")
+            tl.store(arrivals + tile, 0)
+    if is_last:
+        row_scale = tl.load(scale + row)
+        token_scale = tl.load(x_scale + token, mask=token < M, other=0.0)
+        result = acc.to(tl.float32) * row_scale[:, None] * token_scale[None, :]
+        if HAS_BIAS:
+            result = result + tl.load(bias + row, mask=row < N, other=0.0).to(tl.float32)[:, None]
+        where = out + token[None, :].to(tl.int64) * N + row[:, None]
+        mask = (token[None, :] < M) & (row[:, None] < N)
+        tl.store(where, result.to(out.dtype.element_ty), mask=mask)
+
+
+def launch(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    packed: Tensor,
+    scale: Tensor,
+    group_scale: Tensor | None,
+    arrivals: Tensor,
+    bias: Tensor | None,
+    out: Tensor,
+    *,
+    mode: str,
+    group_size: int | None,
+    tile: Tile,
+    interpret: bool = False,
+) -> None:
+    """Fill `out` [M, N]; `packed`, `scale` and `group_scale` are padded as `planes` describes.
+
+    `arrivals` is an int32 counter per tile, zero before and after. `interpret` replaces the inline assembly by
+    arithmetic that Triton's interpreter knows.
+    """
+    num_tokens, in_features = x_codes.shape
+    out_features = out.shape[1]
+    num_blocks = packed.shape[1] // (256 if mode == "byte" else 128)
+    num_tiles = triton.cdiv(out_features, tile.rows) * triton.cdiv(num_tokens, tile.tokens)
+    partial = out
+    if tile.split > 1:
+        shape = (num_tiles * tile.split * tile.rows * tile.tokens,)
+        partial = torch.empty(shape, dtype=torch.int32, device=out.device)
+    w4a8_kernel[(num_tiles, tile.split)](
+        x_codes,
+        x_scale,
+        packed,
+        scale,
+        scale if group_scale is None else group_scale,
+        scale if bias is None else bias,
+        out,
+        partial,
+        arrivals,
+        num_tokens,
+        out_features,
+        in_features,
+        x_codes.stride(0),
+        packed.shape[0],
+        num_blocks,
+        ROWS=tile.rows,
+        TOKENS=tile.tokens,
+        MODE=MODES[mode],
+        GROUP_SIZE=group_size or 128,
+        SPLIT=tile.split,
+        EVEN_K=in_features % 256 == 0,
+        HAS_BIAS=bias is not None,
+        ASM=not interpret,
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+        # the float32 steps of the epilogue must round one by one, as in the reference
+        enable_fp_fusion=False,
+    )

@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Every GPU implementation against the reference, bit for bit, on a CUDA device."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from quattuor.kernels import w4a8_linear
+from quattuor.kernels.dispatch import describe_device
+from quattuor.kernels.w4a8_linear.op import IMPLEMENTATIONS
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+NAMES = [item.name for item in IMPLEMENTATIONS if item.name != "reference"]
+
+
+def compare(made, name, x_codes, x_scale, bias, out_dtype):
+    """Assert equal bits of an implementation and the reference; skip what the implementation refuses."""
+    problem = dataclasses.replace(made.problem, **describe_device("cuda"))
+    by_name = {item.name: item for item in IMPLEMENTATIONS}
+    reason = by_name[name].supports(problem)
+    if reason is not None:
+        pytest.skip(reason)
+    outputs = []
+    for implementation in (name, "reference"):
+        plan = w4a8_linear.plan(problem, force=implementation)
+        operand = plan.prepare(made.codes, made.scale, made.group_scale)
+        poison = torch.full((x_codes.shape[0], problem.out_features), torch.nan, dtype=out_dtype, device="cuda")
+        del poison  # the allocator hands the poisoned memory to the output
+        outputs.append(plan.linear(x_codes, x_scale, operand, bias, out_dtype))
+        again = plan.linear(x_codes, x_scale, operand, bias, out_dtype)
+        assert torch.equal(outputs[-1], again)
+    assert torch.equal(*outputs)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("bits", range(2, 9))
+@pytest.mark.parametrize(
+    ("group_size", "integer"), [(None, False), (32, True), (128, True), (64, False), (128, False)]
+)
+@pytest.mark.parametrize("num_tokens", [1, 17, 200])
+def test_widths(layer, inputs, name, bits, group_size, integer, num_tokens):
+    made = layer(391, 1300, bits=bits, group_size=group_size, integer=integer, seed=num_tokens, device="cuda")
+    x_codes, x_scale = inputs(num_tokens, 1300, seed=bits, device="cuda")
+    bias = torch.randn(391, device="cuda", dtype=torch.float16)
+    compare(made, name, x_codes, x_scale, bias, torch.float16)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("out_dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("num_tokens", [0, 1, 2, 7, 8, 9, 16, 31, 64, 65, 100, 128, 129, 257, 513])
+@pytest.mark.parametrize(("out_features", "in_features"), [(1024, 4096), (1, 1), (129, 257), (4096, 2048)])
+def test_sizes(layer, inputs, name, out_dtype, num_tokens, out_features, in_features):
+    for group_size in (None, 128):
+        made = layer(
+            out_features, in_features, group_size=group_size, integer=group_size is not None, device="cuda"
+        )
+        x_codes, x_scale = inputs(num_tokens, in_features, device="cuda")
+        compare(made, name, x_codes, x_scale, None, out_dtype)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("num_tokens", [3, 130])
+def test_strides(layer, inputs, name, num_tokens):
+    made = layer(200, 768, device="cuda")
+    x_codes, x_scale = inputs(2 * num_tokens, 768, device="cuda")
+    wide = torch.cat((x_codes, x_codes), dim=1)
+    for strided in (x_codes[::2], wide[::2, :768], wide[::2, 5:773], x_codes.T.contiguous().T[::2]):
+        compare(made, name, strided, x_scale[::2], None, torch.float16)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("code", [-8, 7])
+@pytest.mark.parametrize("x_code", [-128, 127])
+def test_extremes(layer, inputs, name, code, x_code):
+    for num_tokens in (1, 64, 256):
+        made = layer(256, 28672, device="cuda")
+        made.codes.fill_(code)
+        x_codes, x_scale = inputs(num_tokens, 28672, device="cuda")
+        x_codes.fill_(x_code)
+        compare(made, name, x_codes, x_scale, None, torch.float32)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_batch_position_does_not_matter(layer, inputs, name):
+    made = layer(512, 4096, device="cuda")
+    problem = dataclasses.replace(made.problem, **describe_device("cuda"))
+    if {item.name: item for item in IMPLEMENTATIONS}[name].supports(problem) is not None:
+        pytest.skip("refused")
+    plan = w4a8_linear.plan(problem, force=name)
+    operand = plan.prepare(made.codes, made.scale)
+    x_codes, x_scale = inputs(300, 4096, device="cuda")
+    together = plan.linear(x_codes, x_scale, operand)
+    for start, stop in ((0, 1), (7, 23), (100, 164), (299, 300)):
+        assert torch.equal(plan.linear(x_codes[start:stop], x_scale[start:stop], operand), together[start:stop])
+
+
+@pytest.mark.parametrize("num_tokens", [1, 64, 300])
+def test_graph_replay(layer, inputs, num_tokens):
+    made = layer(1024, 4096, device="cuda")
+    plan = w4a8_linear.plan(dataclasses.replace(made.problem, **describe_device("cuda")))
+    operand = plan.prepare(made.codes, made.scale)
+    x_codes, x_scale = inputs(num_tokens, 4096, device="cuda")
+    expected = plan.linear(x_codes, x_scale, operand)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = plan.linear(x_codes, x_scale, operand)
+    for _ in range(3):
+        out.fill_(torch.nan)
+        graph.replay()
+        assert torch.equal(out, expected)
+    fresh_codes, fresh_scale = inputs(num_tokens, 4096, seed=9, device="cuda")
+    x_codes.copy_(fresh_codes)
+    x_scale.copy_(fresh_scale)
+    graph.replay()
+    assert torch.equal(out, plan.linear(fresh_codes, fresh_scale, operand))
