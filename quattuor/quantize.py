@@ -48,6 +48,7 @@ class LayerReport:
     name: str
     number_format: str
     granularity: str
+    num_weights: int
     bits_per_weight: float
     error: float
     seconds: float
@@ -370,6 +371,7 @@ def _describe_layer(name: str, layout: LinearLayout, solution: Solution, seconds
         name=name,
         number_format=str(layout.number_format),
         granularity=str(layout.granularity),
+        num_weights=solution.tensor.shape[0] * solution.tensor.shape[1],
         bits_per_weight=solution.tensor.bits_per_weight,
         error=solution.error,
         seconds=seconds,
