@@ -1,0 +1,22 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Function-preserving changes of a model's weights: rotations and changes of scale."""
+
+from quattuor.transforms.base import RotationTransform, SiteProblem, SiteTransform, Transform
+from quattuor.transforms.hadamard import hadamard, has_hadamard
+from quattuor.transforms.rotation import FoldNorms, RotateHeads, RotateResidual
+
+__all__ = [
+    "TRANSFORMS",
+    "FoldNorms",
+    "RotateHeads",
+    "RotateResidual",
+    "RotationTransform",
+    "SiteProblem",
+    "SiteTransform",
+    "Transform",
+    "hadamard",
+    "has_hadamard",
+]
+
+TRANSFORMS: tuple[type[Transform], ...] = (FoldNorms, RotateResidual, RotateHeads)
+"""Every transform that a recipe may name."""

@@ -19,11 +19,11 @@ from quattuor.granularity import Granularity
 __all__ = ["RotationTransform", "SiteProblem", "SiteTransform", "Transform"]
 
 
-class Transform(ABC):
+class Transform:
     """A change of a model's weights that leaves its function as it was."""
 
 
-class RotationTransform(Transform):
+class RotationTransform(Transform, ABC):
     """An orthogonal change of basis, fixed before any data is seen."""
 
     @abstractmethod
@@ -57,7 +57,7 @@ class SiteProblem:
     activations: ActivationQuantizer | None
 
 
-class SiteTransform(Transform):
+class SiteTransform(Transform, ABC):
     """A diagonal change of scale at a site: inputs are divided by it, the consumers' columns multiplied."""
 
     @property
