@@ -1,0 +1,39 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a block does that no description can promise for every version of transformers."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["returns_tuple"]
+
+
+@torch.no_grad()
+def returns_tuple(block: nn.Module, hidden_states: Tensor, keywords: Mapping[str, Any]) -> bool:
+    """Find out whether a block returns a tuple rather than the hidden state, without computing anything.
+
+    Runs the block's own forward on the meta device, so that the weights need not be loaded and stay untouched.
+
+    Args:
+        block: A decoder block, on any device.
+        hidden_states: Anything of the shape and dtype that the block receives.
+        keywords: The other arguments of its forward.
+    """
+    state = {**dict(block.named_parameters()), **dict(block.named_buffers())}
+    output = torch.func.functional_call(
+        block,
+        {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()},
+        (torch.empty_like(hidden_states, device="meta"),),
+        {name: _on_meta(value) for name, value in keywords.items()},
+    )
+    return isinstance(output, tuple)
+
+
+def _on_meta(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return torch.empty_like(value, device="meta")
+    if isinstance(value, tuple):
+        return tuple(_on_meta(item) for item in value)
+    return value
