@@ -4,10 +4,14 @@
 from quattuor.transforms.base import RotationTransform, SiteProblem, SiteTransform, Transform
 from quattuor.transforms.hadamard import hadamard, has_hadamard
 from quattuor.transforms.rotation import FoldNorms, RotateHeads, RotateResidual
+from quattuor.transforms.scaling import MigrateScale
+from quattuor.transforms.smoothing import AdaptiveSmoothing
 
 __all__ = [
     "TRANSFORMS",
+    "AdaptiveSmoothing",
     "FoldNorms",
+    "MigrateScale",
     "RotateHeads",
     "RotateResidual",
     "RotationTransform",
@@ -18,5 +22,5 @@ __all__ = [
     "has_hadamard",
 ]
 
-TRANSFORMS: tuple[type[Transform], ...] = (FoldNorms, RotateResidual, RotateHeads)
+TRANSFORMS: tuple[type[Transform], ...] = (FoldNorms, RotateResidual, RotateHeads, MigrateScale, AdaptiveSmoothing)
 """Every transform that a recipe may name."""

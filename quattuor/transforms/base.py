@@ -10,13 +10,27 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
 from quattuor.activations.base import ActivationQuantizer
+from quattuor.errors import CalibrationError, InputError, compose
 from quattuor.granularity import Granularity
 
-__all__ = ["RotationTransform", "SiteProblem", "SiteTransform", "Transform"]
+__all__ = [
+    "SITES",
+    "RotationTransform",
+    "SiteProblem",
+    "SiteTransform",
+    "Transform",
+    "check_finite",
+    "check_sites",
+    "max_within_ties",
+]
+
+SITES = ("qkv", "output", "gate_up", "down")
+"""Names of the sites a site transform may act on, in the order the forward pass meets them."""
 
 
 class Transform:
@@ -36,10 +50,10 @@ class SiteProblem:
     """A site as tensors: what a site transform may look at.
 
     Args:
-        inputs: What the consumers read, [B, T, K], float32.
+        inputs: What the consumers read, [B, T, K], float32. May rest on another device than the weight.
         weight: The consumers' weights stacked along rows, [N, K], float32.
-        evaluate: f(inputs, weight) -> the quantity whose error counts, e.g. the attention output; rows of
-            `weight` are in the order of `weight` above.
+        evaluate: f(inputs, weight) -> the quantity whose error counts, e.g. the attention output, for any number
+            of sequences; rows of `weight` are in the order of `weight` above. Takes tensors on its device.
         abs_max: max over tokens of |inputs|, per channel.
         ties: Channels that must share a factor have the same number here; None when each channel is free.
         granularity: Which weights share a scale, to imitate the weight quantizer.
@@ -68,3 +82,43 @@ class SiteTransform(Transform, ABC):
     @abstractmethod
     def find(self, problem: SiteProblem) -> Float[Tensor, " K"]:
         """Return the positive divisor of each input channel, equal within ties; ones where nothing helps."""
+
+
+def check_sites(sites: tuple[str, ...], place: str) -> None:
+    """Reject an empty tuple, unknown names and names given twice."""
+    unknown = [name for name in sites if name not in SITES]
+    if unknown or not sites or len(set(sites)) < len(sites):
+        raise InputError(
+            compose(
+                subject="sites",
+                value=sites,
+                constraint=f"is not a choice of distinct names from {SITES}",
+                place=place,
+                remedy=f"name at least one of {', '.join(SITES)}, each once",
+            )
+        )
+
+
+def check_finite(problem: SiteProblem, place: str) -> None:
+    """Reject a site whose activation maxima or weights are not finite."""
+    for subject, tensor in (("abs_max", problem.abs_max), ("weight", problem.weight)):
+        if not bool(torch.isfinite(tensor).all()):
+            raise CalibrationError(
+                compose(
+                    subject=subject,
+                    value=f"{int((~torch.isfinite(tensor)).sum())} entries",
+                    constraint="are NaN or infinite",
+                    place=place,
+                    remedy="look for NaN in the model's weights, and run the calibration in float32",
+                )
+            )
+
+
+def max_within_ties(values: Float[Tensor, " K"], ties: Int64[Tensor, " K"] | None) -> Float[Tensor, " K"]:
+    """Give each channel the largest value among the channels tied to it."""
+    if ties is None:
+        return values
+    _, tie_index_K = torch.unique(ties, return_inverse=True)
+    largest = values.new_zeros(int(tie_index_K.max()) + 1)
+    largest.scatter_reduce_(0, tie_index_K, values, reduce="amax", include_self=False)
+    return largest[tie_index_K]
