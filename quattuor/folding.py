@@ -7,6 +7,10 @@ computes the same function before and after a complete set of folds.
 
 import torch
 from jaxtyping import Float
+from torch import Tensor, nn
+
+from quattuor.errors import UnsupportedError, compose
+from quattuor.models.description import DecoderDescription, Heads, Site, SiteKind
 from quattuor.transforms.rotation import (
     rotate_embedding,
     rotate_heads_input,
@@ -14,10 +18,6 @@ from quattuor.transforms.rotation import (
     rotate_input,
     rotate_output,
 )
-from torch import Tensor, nn
-
-from quattuor.errors import UnsupportedError, compose
-from quattuor.models.description import DecoderDescription, Heads, Site, SiteKind
 
 __all__ = [
     "fold_block_norms_",

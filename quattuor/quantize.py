@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """quantize(model, recipe, tokens): the whole pipeline on one screen."""
 
+import copy
 import hashlib
 import logging
 import time
@@ -11,12 +12,12 @@ from typing import Any, Protocol
 
 import psutil
 import torch
-from jaxtyping import Float, Int64
+from jaxtyping import Int64
 from torch import Tensor, nn
 
 from quattuor.activations import ActivationQuantizer
-from quattuor.apply import activation_name, check, choose, place_
-from quattuor.calibration.blockwise import BlockRunner, capture_inputs
+from quattuor.apply import activation_name, check, choose, linear_names, place_
+from quattuor.calibration.blockwise import BlockRunner, Hidden, capture_inputs
 from quattuor.errors import CalibrationError, compose
 from quattuor.folding import (
     fold_block_norms_,
@@ -122,6 +123,14 @@ class _Run:
     report: QuantizationReport
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Stream:
+    """What flows from block to block: the inputs in use, and the original model's where a solver compares."""
+
+    hidden: Hidden
+    original: Hidden | None
+
+
 @torch.no_grad()
 def quantize(
     model: nn.Module,
@@ -170,6 +179,7 @@ def quantize(
             storage=torch.device(storage),
         )
     _emit_ends(run, store)
+    state = _Stream(hidden=hidden, original=list(hidden) if _compares(run, len(blocks)) else None)
     progress.start("blocks", len(blocks))
     for index, block in enumerate(blocks):
         prefix = f"{run.description.blocks}.{index}"
@@ -180,8 +190,8 @@ def quantize(
         with report.phase("rotate"):
             _rotate_block_(run, block, rotations)
         with report.phase("smooth"):
-            _smooth_block_(run, runner, block, index, hidden)
-        hidden = _quantize_block_(run, runner, block, index, hidden)
+            _smooth_block_(run, runner, block, index, state.hidden)
+        state = _quantize_block_(run, runner, block, index, state)
         report.measure_memory(run.device)
         block.to(home)
         store.emit(block, prefix)
@@ -283,9 +293,7 @@ def _rotate_block_(run: _Run, block: nn.Module, rotations: dict[str, Tensor]) ->
             rotate_block_heads_(block, run.description, run.heads, rotations["heads"].to(run.device))
 
 
-def _smooth_block_(
-    run: _Run, runner: BlockRunner, block: nn.Module, index: int, hidden: list[Float[Tensor, "B T K"]]
-) -> None:
+def _smooth_block_(run: _Run, runner: BlockRunner, block: nn.Module, index: int, hidden: Hidden) -> None:
     """Find and fold the site transforms of one block."""
     prefix = f"{run.description.blocks}.{index}"
 
@@ -302,25 +310,32 @@ def _smooth_block_(
             search.run_(block, index, hidden, run.sites, transform)
 
 
-def _quantize_block_(
-    run: _Run, runner: BlockRunner, block: nn.Module, index: int, hidden: list[Float[Tensor, "B T K"]]
-) -> list[Float[Tensor, "B T K"]]:
+def _compares(run: _Run, num_blocks: int) -> bool:
+    """Whether a solver compares with the original model's activations, which then flow beside the others."""
+    names = linear_names(run.description, run.sites, num_blocks)
+    choices = [choose(run.recipe, name) for name in names]
+    return any("cross" in choice.weights.solver.needs for choice in choices if choice is not None)
+
+
+def _quantize_block_(run: _Run, runner: BlockRunner, block: nn.Module, index: int, state: _Stream) -> _Stream:
     """Solve and replace the linears of one block; return what the next block receives."""
-    following = None
-    if run.recipe.inputs == "original":
-        with run.report.phase("propagate"):
-            following = runner.run(block, index, hidden)
+    phase, hidden, original = run.report.phase, state.hidden, state.original
+    before = copy.deepcopy(block) if original is not None and run.recipe.sequential else block
+    with phase("propagate"):
+        next_original = None if original is None else runner.run(block, index, original)
+        next_hidden = runner.run(block, index, hidden) if run.recipe.inputs == "original" else None
     stages = [[site] for site in run.sites] if run.recipe.sequential else [list(run.sites)]
     for stage in stages:
-        with run.report.phase("collect"):
-            statistics = _collect(run, runner, block, index, hidden, stage)
-        with run.report.phase("solve"):
+        with phase("collect"):
+            reference = None if original is None else (before, original)
+            statistics = _collect(run, runner, block, index, hidden, stage, reference)
+        with phase("solve"):
             for site in stage:
                 _solve_site_(run, block, index, site, statistics[site])
-    if following is None:
-        with run.report.phase("propagate"):
-            following = runner.run(block, index, hidden)
-    return following
+    if next_hidden is None:
+        with phase("propagate"):
+            next_hidden = runner.run(block, index, hidden)
+    return _Stream(hidden=next_hidden, original=next_original)
 
 
 def _collect(
@@ -328,8 +343,9 @@ def _collect(
     runner: BlockRunner,
     block: nn.Module,
     index: int,
-    hidden: list[Float[Tensor, "B T K"]],
+    hidden: Hidden,
     stage: list[Site],
+    original: tuple[nn.Module, Hidden] | None,
 ) -> dict[Site, dict[str, Tensor]]:
     """Gather what the solvers of a stage need, from inputs rounded as the layers will see them if asked."""
     prefix = f"{run.description.blocks}.{index}"
@@ -339,7 +355,7 @@ def _collect(
         needs[site] = frozenset().union(*(choice.weights.solver.needs for choice in choices if choice))
     rounds = run.recipe.inputs == "rounded" and run.recipe.activations is not None
     prepare = run.recipe.activations.fake_quantize if rounds and run.recipe.activations else None
-    return runner.collect(block, index, hidden, needs, prepare)
+    return runner.collect(block, index, hidden, needs, prepare, original)
 
 
 def _solve_site_(run: _Run, block: nn.Module, index: int, site: Site, statistics: dict[str, Tensor]) -> None:

@@ -8,7 +8,7 @@ import torch
 from jaxtyping import Float, Integer, UInt8
 from torch import Tensor
 
-from quattuor.errors import CheckpointError, compose
+from quattuor.errors import CheckpointError, InputError, compose
 from quattuor.formats.base import Format, Parameters
 from quattuor.formats.packing import pack_rows, packed_row_bytes, unpack_rows
 from quattuor.granularity import Granularity
@@ -48,7 +48,18 @@ class QuantizedTensor:
         number_format: Format,
         granularity: Granularity,
     ) -> "QuantizedTensor":
-        """Pack the codes."""
+        """Pack the codes. Raises InputError when one lies outside the format's range."""
+        lowest, highest = number_format.code_range
+        if codes.numel() and (int(codes.min()) < lowest or int(codes.max()) > highest):
+            raise InputError(
+                compose(
+                    subject="codes",
+                    value=f"{int(codes.min())}..{int(codes.max())}",
+                    constraint=f"leave the range {lowest}..{highest}",
+                    place=str(number_format),
+                    remedy="make them with the format's encode",
+                )
+            )
         return cls(
             packed=pack_rows(codes, number_format.bits),
             parameters=parameters,

@@ -12,7 +12,7 @@ from quattuor.formats import Integer, TwoLevelInteger
 from quattuor.granularity import PerChannel, PerGroup, PerTensor, PerToken
 from quattuor.rules import Rule
 from quattuor.scales import AbsMax, ClipSearch, TwoLevel
-from quattuor.solvers import GPTQ, Nearest, WeightQuantizer
+from quattuor.solvers import GPTQ, CoordinateDescent, Nearest, TargetCorrection, WeightQuantizer
 from quattuor.transforms import TRANSFORMS
 from quattuor.transforms.base import Transform
 
@@ -25,7 +25,7 @@ _PART_TYPES: tuple[type, ...] = (
     *(Integer, TwoLevelInteger),
     *(PerTensor, PerChannel, PerGroup, PerToken),
     *(AbsMax, ClipSearch, TwoLevel),
-    *(GPTQ, Nearest, WeightQuantizer),
+    *(GPTQ, CoordinateDescent, Nearest, TargetCorrection, WeightQuantizer),
     DynamicQuantizer,
     Rule,
     *TRANSFORMS,

@@ -18,7 +18,7 @@ from quattuor.calibration.statistics import make_statistics
 from quattuor.errors import CalibrationError, compose
 from quattuor.models.description import DecoderDescription, Site
 
-__all__ = ["BlockRunner", "capture_inputs"]
+__all__ = ["BlockRunner", "Hidden", "capture_inputs"]
 
 Hidden = list[Float[Tensor, "B T K"]]
 
@@ -109,6 +109,7 @@ class BlockRunner:
         hidden: Hidden,
         needs: dict[Site, frozenset[str]],
         prepare: Callable[[Tensor], Tensor] | None = None,
+        original: tuple[nn.Module, Hidden] | None = None,
     ) -> dict[Site, dict[str, Tensor]]:
         """Return the statistics that each site needs, in one pass.
 
@@ -118,21 +119,21 @@ class BlockRunner:
             hidden: Its inputs, batch by batch.
             needs: Names of statistics per site; sites that need none are left out of the pass.
             prepare: Applied to the site's tokens first, e.g. the rounding that the layer will see.
+            original: The original block and its inputs, for statistics that compare with them.
         """
         accumulators = {site: make_statistics(names) for site, names in needs.items() if names}
-
-        def visitor(site: Site) -> Callable[[Tensor], None]:
-            def update(x: Tensor) -> None:
-                tokens = x.reshape(-1, x.shape[-1])
-                tokens = tokens if prepare is None else prepare(tokens)
+        sites = {site.consumers[0]: site for site in accumulators}
+        for position, batch in enumerate(hidden if accumulators else []):
+            before: dict[str, Tensor] = {}
+            if original is not None:
+                keep = {path: _keeper(before, path) for path in sites}
+                self.visit(original[0], block_index, [original[1][position]], keep)
+            seen: dict[str, Tensor] = {}
+            self.visit(block, block_index, [batch], {path: _keeper(seen, path) for path in sites})
+            for path, site in sites.items():
+                tokens = seen[path] if prepare is None else prepare(seen[path])
                 for statistic in accumulators[site].values():
-                    statistic.update(tokens)
-
-            return update
-
-        if accumulators:
-            visitors = {site.consumers[0]: visitor(site) for site in accumulators}
-            self.visit(block, block_index, hidden, visitors)
+                    statistic.update(tokens, before.get(path))
         results: dict[Site, dict[str, Tensor]] = {site: {} for site in needs}
         for site, statistics in accumulators.items():
             results[site] = {name: statistic.result() for name, statistic in statistics.items()}
@@ -252,6 +253,15 @@ def _visiting_hook(path: str, visitor: Callable[[Tensor], None], waiting: set[st
             raise _StopForward
 
     return hook
+
+
+def _keeper(store: dict[str, Tensor], path: str) -> Callable[[Tensor], None]:
+    """Return a visitor that keeps a linear's input as rows of tokens."""
+
+    def keep(x: Tensor) -> None:
+        store[path] = x.reshape(-1, x.shape[-1])
+
+    return keep
 
 
 def _to(value: Any, device: torch.device) -> Any:

@@ -9,15 +9,15 @@ from torch import Tensor
 
 from quattuor.errors import CalibrationError, InputError, compose
 
-__all__ = ["STATISTICS", "AbsMax", "Hessian", "Statistic", "make_statistics"]
+__all__ = ["STATISTICS", "AbsMax", "Cross", "Hessian", "Statistic", "make_statistics"]
 
 
 class Statistic(ABC):
     """Accumulates over tokens; every token counts the same, whatever the batches were."""
 
     @abstractmethod
-    def update(self, x: Float[Tensor, "M K"]) -> None:
-        """Add M tokens."""
+    def update(self, x: Float[Tensor, "M K"], original: Float[Tensor, "M K"] | None = None) -> None:
+        """Add M tokens: what the layer will see, and for statistics that compare, what it saw originally."""
 
     @abstractmethod
     def result(self) -> Tensor:
@@ -32,7 +32,7 @@ class Hessian(Statistic):
         self._sum: Tensor | None = None
         self._num_tokens = 0
 
-    def update(self, x: Float[Tensor, "M K"]) -> None:
+    def update(self, x: Float[Tensor, "M K"], original: Float[Tensor, "M K"] | None = None) -> None:
         """Add M tokens."""
         x = x.float()
         if self._sum is None:
@@ -47,6 +47,30 @@ class Hessian(Statistic):
         return self._sum / self._num_tokens
 
 
+class Cross(Statistic):
+    """Mean of x v^T over tokens, `[K, K]`, float32: x original inputs, v those that the layer will see."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._sum: Tensor | None = None
+        self._num_tokens = 0
+
+    def update(self, x: Float[Tensor, "M K"], original: Float[Tensor, "M K"] | None = None) -> None:
+        """Add M pairs of tokens."""
+        assert original is not None, "the pipeline gives the original inputs to whoever needs `cross`"
+        x = x.float()
+        if self._sum is None:
+            self._sum = torch.zeros(x.shape[1], x.shape[1], device=x.device)
+        self._sum.addmm_(original.float().T, x)
+        self._num_tokens += x.shape[0]
+
+    def result(self) -> Float[Tensor, "K K"]:
+        """Return the mean."""
+        if self._sum is None or self._num_tokens == 0:
+            raise _empty("Cross")
+        return self._sum / self._num_tokens
+
+
 class AbsMax(Statistic):
     """max over tokens of |x|, per input channel, `[K]`, float32."""
 
@@ -54,7 +78,7 @@ class AbsMax(Statistic):
         """Start empty."""
         self._largest: Tensor | None = None
 
-    def update(self, x: Float[Tensor, "M K"]) -> None:
+    def update(self, x: Float[Tensor, "M K"], original: Float[Tensor, "M K"] | None = None) -> None:
         """Add M tokens."""
         if x.shape[0] == 0:
             return
@@ -68,7 +92,7 @@ class AbsMax(Statistic):
         return self._largest
 
 
-STATISTICS: dict[str, type[Statistic]] = {"hessian": Hessian, "abs_max": AbsMax}
+STATISTICS: dict[str, type[Statistic]] = {"hessian": Hessian, "abs_max": AbsMax, "cross": Cross}
 """Every statistic a part may name in `needs`."""
 
 

@@ -3,7 +3,18 @@
 
 from quattuor.solvers.base import Solution, Solver, hessian_error
 from quattuor.solvers.column_feedback import GPTQ
+from quattuor.solvers.coordinate_descent import CoordinateDescent
 from quattuor.solvers.nearest import Nearest
+from quattuor.solvers.target_correction import TargetCorrection
 from quattuor.solvers.weight_quantizer import WeightQuantizer
 
-__all__ = ["GPTQ", "Nearest", "Solution", "Solver", "WeightQuantizer", "hessian_error"]
+__all__ = [
+    "GPTQ",
+    "CoordinateDescent",
+    "Nearest",
+    "Solution",
+    "Solver",
+    "TargetCorrection",
+    "WeightQuantizer",
+    "hessian_error",
+]

@@ -5,13 +5,15 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from quattuor.errors import CalibrationError, InputError, compose
 from quattuor.quantized_tensor import QuantizedTensor
 from quattuor.scales.base import Grid
 
-__all__ = ["Solution", "Solver", "hessian_error"]
+__all__ = ["Solution", "Solver", "hessian_error", "require_hessian"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -51,13 +53,51 @@ class Solver(ABC):
         """
 
 
+def require_hessian(
+    weight: Float[Tensor, "N K"], statistics: Mapping[str, Tensor], place: str
+) -> Float[Tensor, "K K"]:
+    """Return the Hessian of the weight's input in the dtype of the weight.
+
+    Raises:
+        InputError: It is missing, or belongs to an input of another size.
+        CalibrationError: It is not finite.
+    """
+    in_features = weight.shape[1]
+    hessian = statistics.get("hessian")
+    if hessian is None or tuple(hessian.shape) != (in_features, in_features):
+        raise InputError(
+            compose(
+                subject="hessian",
+                value="missing" if hessian is None else tuple(hessian.shape),
+                constraint=f"is not the [{in_features}, {in_features}] of a weight {tuple(weight.shape)}",
+                place=place,
+                remedy="pass the statistics of this layer's own input",
+            )
+        )
+    if not bool(torch.isfinite(hessian).all()):
+        raise CalibrationError(
+            compose(
+                subject="hessian",
+                value=f"{int((~torch.isfinite(hessian)).sum())} entries",
+                constraint="are NaN or infinite",
+                place=place,
+                remedy="look for the first layer whose activations are not finite, and run the model in float32",
+            )
+        )
+    return hessian.to(weight.dtype)
+
+
 def hessian_error(
     weight: Float[Tensor, "N K"], approximation: Float[Tensor, "N K"], hessian: Float[Tensor, "K K"] | None
 ) -> float:
-    """Relative output error tr(D H D^T) / tr(W H W^T) with D = W - Q; H = I when `hessian` is None."""
+    """Relative output error tr(D H D^T) / tr(W H W^T) with D = W - Q; H = I when `hessian` is None.
+
+    Computes in float32, or float64 when the weight is. A weight without output energy has error 0.
+    """
+    weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
 
     def energy(matrix: Float[Tensor, "N K"]) -> Tensor:
-        return (matrix.square() if hessian is None else (matrix @ hessian) * matrix).sum()
+        return (matrix.square() if hessian is None else (matrix @ hessian.to(matrix.dtype)) * matrix).sum()
 
     total = energy(weight)
-    return float(energy(weight - approximation) / total) if total > 0 else 0.0
+    return float(energy(weight - approximation.to(weight.dtype)) / total) if total > 0 else 0.0

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int64, Integer
+from jaxtyping import Bool, Float, Int64, Integer
 from torch import Tensor
 
 from quattuor.errors import CalibrationError, InputError, compose
 from quattuor.formats.base import Parameters
 from quattuor.quantized_tensor import QuantizedTensor
 from quattuor.scales.base import Grid
-from quattuor.solvers.base import Solution, Solver, hessian_error
+from quattuor.solvers.base import Solution, Solver, hessian_error, require_hessian
 
 __all__ = ["GPTQ"]
 
@@ -27,7 +27,8 @@ __all__ = ["GPTQ"]
 class GPTQ(Solver):
     """Column feedback with damping, column order, static groups and blocked updates.
 
-    1. dead columns (H_kk = 0): H_kk = 1, W[:, k] = 0
+    1. dead columns (H_kk = 0): W[:, k] = 0, and H_kk = the mean of the others. (The authors' code has H_kk = 1, so
+       that dead columns raise the damping when activations are small.)
     2. parameters of every group are fitted to W before any update, in the original column order (static groups),
        with importance diag(H)
     3. columns are permuted by descending diag(H) (`order="activation"`)
@@ -70,8 +71,9 @@ class GPTQ(Solver):
 
     def solve(self, weight: Float[Tensor, "N K"], grid: Grid, statistics: Mapping[str, Tensor]) -> Solution:
         """Return the packed weight. Raises CalibrationError when the damped Hessian is not positive definite."""
-        hessian = statistics["hessian"].to(weight.dtype)
-        dead_K = hessian.diagonal() == 0
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        hessian = require_hessian(weight, statistics, "GPTQ")
+        dead_K = self._dead(hessian)
         weight_NK = torch.where(dead_K, torch.zeros_like(weight), weight)
         importance_K = torch.where(dead_K, torch.ones_like(hessian.diagonal()), hessian.diagonal())
         parameters = grid.fit(weight_NK, importance_K)
@@ -82,9 +84,24 @@ class GPTQ(Solver):
         num_dead = int(dead_K.sum())
         return Solution(
             tensor=tensor,
-            error=hessian_error(weight, tensor.decode().to(weight.dtype), hessian),
+            error=hessian_error(weight, tensor.decode(), hessian),
             notes=(f"{num_dead} dead input columns set to zero",) if num_dead else (),
         )
+
+    def _dead(self, hessian: Float[Tensor, "K K"]) -> Bool[Tensor, " K"]:
+        """Return which inputs are always zero. Raises CalibrationError when all are."""
+        dead_K = hessian.diagonal() == 0
+        if bool(dead_K.all()):
+            raise CalibrationError(
+                compose(
+                    subject="hessian",
+                    value=tuple(hessian.shape),
+                    constraint="is zero: every calibration token is zero at this layer's input",
+                    place="GPTQ",
+                    remedy="use data that reaches the layer, or keep it in high precision with a skip rule",
+                )
+            )
+        return dead_K
 
     def _order(self, importance: Float[Tensor, " K"]) -> Int64[Tensor, " K"]:
         """Return the columns in the order they are rounded; equal importance keeps the original order."""
@@ -93,13 +110,14 @@ class GPTQ(Solver):
         return torch.argsort(importance, descending=True, stable=True)
 
     def _factor(
-        self, hessian: Float[Tensor, "K K"], dead: Tensor, order: Int64[Tensor, " K"]
+        self, hessian: Float[Tensor, "K K"], dead: Bool[Tensor, " K"], order: Int64[Tensor, " K"]
     ) -> Float[Tensor, "K K"]:
         """Return U with H^-1 = U^T U for the damped, permuted Hessian."""
         damped_KK = hessian[order][:, order].clone()
         diagonal_K = damped_KK.diagonal()
-        diagonal_K += dead[order].to(damped_KK.dtype)
-        diagonal_K += self.damping * diagonal_K.mean()
+        mean = diagonal_K.sum() / (~dead).sum()
+        diagonal_K.masked_fill_(dead[order], mean)
+        diagonal_K += self.damping * mean
         lower_KK, info = torch.linalg.cholesky_ex(damped_KK)
         if int(info) == 0:
             factor_KK, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower_KK), upper=True)

@@ -26,6 +26,10 @@ class WeightQuantizer:
     scales: ScaleRule
     solver: Solver = field(default_factory=Nearest)
 
+    def __post_init__(self) -> None:
+        """Refuse a scale rule that does not serve the format."""
+        self.scales.check(self.number_format)
+
     @property
     def grid(self) -> Grid:
         """The three choices that make the grid."""
@@ -42,10 +46,11 @@ class WeightQuantizer:
         if len(weights) == 1 or rows_interact:
             return [self.solver.solve(weight, self.grid, statistics) for weight in weights]
         whole = self.solver.solve(stacked, self.grid, statistics)
+        hessian = statistics["hessian"] if "hessian" in self.solver.needs else None
         solutions, start = [], 0
         for weight in weights:
             tensor = whole.tensor.rows(start, start + weight.shape[0])
-            error = hessian_error(weight, tensor.decode(), statistics.get("hessian"))
+            error = hessian_error(weight, tensor.decode(), hessian)
             solutions.append(Solution(tensor=tensor, error=error, notes=whole.notes))
             start += weight.shape[0]
         return solutions
