@@ -40,6 +40,10 @@ class Parameters(Mapping[str, Tensor]):
                 )
             ) from None
 
+    def __contains__(self, name: object) -> bool:
+        """Tell whether a tensor has this name; the mixin would catch a KeyError, which is not raised here."""
+        return name in self._tensors
+
     def __iter__(self) -> Iterator[str]:
         """Iterate over the names, in the order they were given."""
         return iter(self._tensors)

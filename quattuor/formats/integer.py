@@ -35,7 +35,7 @@ class Integer(Format):
     symmetric:  codes in [-2^(b-1), 2^(b-1) - 1] (`narrow`: from -(2^(b-1) - 1)),  x = scale * codes
     asymmetric: codes in [0, 2^b - 1],  x = scale * (codes - zero_point)
 
-    Reads `scale` (any sign, not zero) and, when asymmetric, `zero_point` (integer-valued float).
+    Reads `scale` (any sign, not zero) and, when asymmetric, `zero_point` (a legal code).
 
     Args:
         bits: Width of a code, 2 to 8.
@@ -70,9 +70,15 @@ class Integer(Format):
         return -half + int(self.narrow), half - 1
 
     def encode(self, values: Float[Tensor, "*lead S"], parameters: Parameters) -> IntegerArray[Tensor, "*lead S"]:
-        """clamp(round(values / scale) + zero_point, lowest, highest); int8, or uint8 when asymmetric."""
+        """clamp(round(values / scale) + zero_point, lowest, highest); int8, or uint8 when asymmetric.
+
+        Computes in float32, or float64 when the values or the scale are.
+        """
         lowest, highest = self.code_range
-        codes = torch.round(values / parameters["scale"].unsqueeze(-1))
+        # Two float16 tensors would be divided in float16, whose rounding moves values across ties.
+        codes = torch.round(
+            values.to(torch.promote_types(values.dtype, torch.float32)) / parameters["scale"].unsqueeze(-1)
+        )
         if self.symmetric:
             return codes.clamp(lowest, highest).to(torch.int8)
         return (codes + parameters["zero_point"].unsqueeze(-1)).clamp(lowest, highest).to(torch.uint8)

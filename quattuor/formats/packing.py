@@ -16,6 +16,20 @@ from quattuor.errors import InputError, compose
 __all__ = ["pack_rows", "packed_row_bytes", "unpack_rows"]
 
 
+def check_width(bits: int, place: str) -> None:
+    """Reject a width that does not fit a byte."""
+    if not 1 <= bits <= 8:
+        raise InputError(
+            compose(
+                subject="bits",
+                value=bits,
+                constraint="is not a width from 1 to 8",
+                place=place,
+                remedy="pass the width of the format, for example 4",
+            )
+        )
+
+
 def packed_row_bytes(num_codes: int, bits: int) -> int:
     """Bytes of one packed row: ceil(num_codes * bits / 8)."""
     return -(-num_codes * bits // 8)
@@ -25,14 +39,17 @@ def pack_rows(codes: Integer[Tensor, "N K"], bits: int) -> UInt8[Tensor, "N byte
     """Pack integer codes, signed or unsigned, into little-endian bit streams of one row each.
 
     Args:
-        codes: Integers that fit `bits` bits in two's complement or unsigned.
+        codes: Integers that all fit `bits` bits, either as two's complement or as unsigned numbers.
         bits: Width, 1 to 8.
 
     Raises:
-        InputError: A code does not fit.
+        InputError: The width does not exist, or a code does not fit.
     """
+    check_width(bits, "pack_rows")
     lowest, highest = (int(codes.min()), int(codes.max())) if codes.numel() else (0, 0)
-    if lowest < -(2 ** (bits - 1)) or highest > 2**bits - 1:
+    half = 2 ** (bits - 1)
+    # With negative codes present a code of 2^(b-1) or more would come back negative.
+    if lowest < -half or highest > (half - 1 if lowest < 0 else 2 * half - 1):
         raise InputError(
             compose(
                 subject="codes",
@@ -43,20 +60,21 @@ def pack_rows(codes: Integer[Tensor, "N K"], bits: int) -> UInt8[Tensor, "N byte
             )
         )
     num_rows, num_codes = codes.shape
-    period = 8 * -(-num_codes // 8)  # eight codes of b bits fill b bytes exactly
-    unsigned_NK = torch.zeros(num_rows, period, dtype=torch.int64, device=codes.device)
+    num_words = -(-num_codes // 8)  # eight codes of b bits fill b bytes exactly
+    unsigned_NK = torch.zeros(num_rows, 8 * num_words, dtype=torch.int64, device=codes.device)
     unsigned_NK[:, :num_codes] = codes.to(torch.int64) & (2**bits - 1)
     shifts = torch.arange(8, device=codes.device) * bits
-    words = (unsigned_NK.view(num_rows, -1, 8) << shifts).sum(dim=-1)  # up to 64 bits; wraps, never carries
+    words = (unsigned_NK.view(num_rows, num_words, 8) << shifts).sum(dim=-1)  # up to 64 bits; wraps, never carries
     byte_shifts = torch.arange(bits, device=codes.device) * 8
     packed = ((words.unsqueeze(-1) >> byte_shifts) & 0xFF).to(torch.uint8)
-    return packed.reshape(num_rows, -1)[:, : packed_row_bytes(num_codes, bits)].contiguous()
+    return packed.reshape(num_rows, num_words * bits)[:, : packed_row_bytes(num_codes, bits)].contiguous()
 
 
 def unpack_rows(
     packed: UInt8[Tensor, "N bytes"], bits: int, num_codes: int, *, signed: bool
 ) -> Int8[Tensor, "N K"] | UInt8[Tensor, "N K"]:
     """Undo `pack_rows`: int8 codes when `signed`, uint8 codes otherwise."""
+    check_width(bits, "unpack_rows")
     expected = packed_row_bytes(num_codes, bits)
     if packed.shape[1] != expected:
         raise InputError(
@@ -69,13 +87,13 @@ def unpack_rows(
             )
         )
     num_rows = packed.shape[0]
-    period_bytes = bits * -(-num_codes // 8)
-    padded = torch.zeros(num_rows, period_bytes, dtype=torch.int64, device=packed.device)
+    num_words = -(-num_codes // 8)
+    padded = torch.zeros(num_rows, num_words * bits, dtype=torch.int64, device=packed.device)
     padded[:, :expected] = packed
     byte_shifts = torch.arange(bits, device=packed.device) * 8
-    words = (padded.view(num_rows, -1, bits) << byte_shifts).sum(dim=-1)
+    words = (padded.view(num_rows, num_words, bits) << byte_shifts).sum(dim=-1)
     shifts = torch.arange(8, device=packed.device) * bits
-    unsigned_NK = ((words.unsqueeze(-1) >> shifts) & (2**bits - 1)).reshape(num_rows, -1)[:, :num_codes]
+    unsigned_NK = ((words.unsqueeze(-1) >> shifts) & (2**bits - 1)).reshape(num_rows, 8 * num_words)[:, :num_codes]
     if not signed:
         return unsigned_NK.to(torch.uint8)
     half = 2 ** (bits - 1)
