@@ -51,8 +51,8 @@ def match(name: str, rules: Sequence[Rule]) -> Rule | None:
 def check_all_rules_match(names: Iterable[str], rules: Sequence[Rule]) -> None:
     """Raise InputError when a rule is the first match of no name."""
     names = list(names)
-    used = {rule.pattern for name in names if (rule := match(name, rules)) is not None}
-    unused = [rule.pattern for rule in rules if rule.pattern not in used]
+    used = {id(rule) for name in names if (rule := match(name, rules)) is not None}
+    unused = [rule.pattern for rule in rules if id(rule) not in used]
     if unused:
         raise InputError(
             compose(

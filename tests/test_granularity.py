@@ -54,5 +54,5 @@ def test_size_that_does_not_divide_offers_sizes_that_do() -> None:
 
 @pytest.mark.parametrize("group_size", [0, -32, True])
 def test_size_that_does_not_exist(group_size: int) -> None:
-    with pytest.raises(InputError, match="PerGroup: group_size=.* is not a positive integer; use 32, 64 or 128"):
+    with pytest.raises(InputError, match=r"PerGroup: group_size=.* is not a positive integer; use 32, 64 or 128"):
         PerGroup(group_size)

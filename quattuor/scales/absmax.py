@@ -12,7 +12,7 @@ from quattuor.formats.base import Format, Parameters
 from quattuor.formats.integer import Integer
 from quattuor.scales.base import ScaleDtype, ScaleRule, round_scale
 
-__all__ = ["AbsMax", "require_integer"]
+__all__ = ["AbsMax", "check_sign_choice", "require_integer"]
 
 
 def require_integer(number_format: Format, place: str) -> Integer:
@@ -26,6 +26,21 @@ def require_integer(number_format: Format, place: str) -> Integer:
             constraint="is not a uniform integer",
             place=place,
             remedy="use Integer(bits), or TwoLevel(...) as the scale rule of TwoLevelInteger(bits)",
+        )
+    )
+
+
+def check_sign_choice(number_format: Integer, place: str) -> None:
+    """Refuse a choice of sign for a format whose codes reach equally far to both sides, or only to one."""
+    if number_format.symmetric and not number_format.narrow:
+        return
+    raise UnsupportedError(
+        compose(
+            subject="choose_sign",
+            value=True,
+            constraint=f"gains nothing with {number_format}, which has no extra code at one end",
+            place=place,
+            remedy="use choose_sign=False, or Integer(bits) with symmetric=True and narrow=False",
         )
     )
 
@@ -47,6 +62,12 @@ class AbsMax(ScaleRule):
     choose_sign: bool = False
     scale_dtype: ScaleDtype = "float32"
 
+    def check(self, number_format: Format) -> None:
+        """Refuse what is not a uniform integer, and a choice of sign where none exists."""
+        integer = require_integer(number_format, "AbsMax")
+        if self.choose_sign:
+            check_sign_choice(integer, "AbsMax")
+
     def fit(
         self,
         values: Float[Tensor, "R G S"],
@@ -54,6 +75,7 @@ class AbsMax(ScaleRule):
         importance: Float[Tensor, "*R G S"] | None = None,
     ) -> Parameters:
         """Return `scale`, and `zero_point` when the format is asymmetric. Ignores the importance."""
+        self.check(number_format)
         integer = require_integer(number_format, "AbsMax")
         lowest, highest = integer.code_range
         if not integer.symmetric:
@@ -61,7 +83,7 @@ class AbsMax(ScaleRule):
             scale = round_scale((high - low) / highest, self.scale_dtype)
             zero_point = torch.round(-low / scale.to(low.dtype)).clamp(lowest, highest)
             return Parameters(scale=scale, zero_point=zero_point.to(torch.uint8))
-        if self.choose_sign and not integer.narrow:
+        if self.choose_sign:
             extreme_index = values.abs().argmax(dim=-1, keepdim=True)
             return Parameters(
                 scale=round_scale(values.gather(-1, extreme_index).squeeze(-1) / lowest, self.scale_dtype)

@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from quattuor.errors import InputError, UnsupportedError, compose
 from quattuor.formats.base import Format, Parameters
 from quattuor.granularity import Granularity
 
@@ -20,6 +21,10 @@ SMALLEST_SCALE = {"float32": 1e-30, "float16": 2.0**-24}
 
 class ScaleRule(ABC):
     """Chooses the parameters of each group. Computes in the dtype of the values, stores what it returns."""
+
+    @abstractmethod
+    def check(self, number_format: Format) -> None:
+        """Raise UnsupportedError when the rule has no parameters for this format."""
 
     @abstractmethod
     def fit(
@@ -46,8 +51,26 @@ class Grid:
     granularity: Granularity
     scales: ScaleRule
 
+    def __post_init__(self) -> None:
+        """Refuse a rule that does not serve the format."""
+        self.scales.check(self.number_format)
+
     def fit(self, weight: Float[Tensor, "N K"], importance: Float[Tensor, " K"] | None = None) -> Parameters:
-        """Fit the parameters of a matrix; `importance` has one entry per column."""
+        """Fit the parameters of a matrix; `importance` has one entry per column.
+
+        Raises:
+            InputError: A weight is NaN or infinite, so that no scale exists.
+        """
+        if not bool(torch.isfinite(weight).all()):
+            raise InputError(
+                compose(
+                    subject="weights that are not finite",
+                    value=int((~torch.isfinite(weight)).sum()),
+                    constraint=f"leave a matrix {tuple(weight.shape)} without a scale",
+                    place="Grid.fit",
+                    remedy="repair the model, or keep this linear in high precision with a skip rule",
+                )
+            )
         values = self.granularity.split(weight)
         if importance is None:
             return self.scales.fit(values, self.number_format)
@@ -60,8 +83,22 @@ def round_scale(scale: Float[Tensor, "..."], scale_dtype: ScaleDtype) -> Float[T
     """Round a scale to the dtype that is stored, keeping its sign and keeping it away from zero.
 
     A group of zeros has scale 1, so that it decodes to zero and divides safely.
+
+    Raises:
+        UnsupportedError: The stored dtype has no number that large.
     """
     scale = torch.where(scale == 0, torch.ones_like(scale), scale)
     floor = SMALLEST_SCALE[scale_dtype]
     scale = torch.where(scale.abs() < floor, torch.full_like(scale, floor).copysign(scale), scale)
-    return scale.to(getattr(torch, scale_dtype))
+    stored = scale.to(getattr(torch, scale_dtype))
+    if bool(stored.isinf().any()):
+        raise UnsupportedError(
+            compose(
+                subject="scale",
+                value=float(scale.abs().amax()),
+                constraint=f"is beyond the range of {scale_dtype}",
+                place="round_scale",
+                remedy='use scale_dtype="float32", or repair the weight it comes from',
+            )
+        )
+    return stored

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quattuor.errors import InputError, compose
 from quattuor.formats.base import Format, Parameters
-from quattuor.scales.absmax import AbsMax, require_integer
+from quattuor.scales.absmax import AbsMax, check_sign_choice, require_integer
 from quattuor.scales.base import ScaleDtype, ScaleRule, round_scale
 
 __all__ = ["ClipSearch"]
@@ -56,8 +56,14 @@ class ClipSearch(ScaleRule):
 
     def fractions(self) -> list[float]:
         """Return the fractions of the range that are tried, from 1 downwards."""
-        count = round((1 - self.smallest) * self.num_steps) + 1
-        return [1 - step / self.num_steps for step in range(count)]
+        fractions = [1 - step / self.num_steps for step in range(self.num_steps)]
+        return [fraction for fraction in fractions if fraction >= self.smallest - 1e-9]
+
+    def check(self, number_format: Format) -> None:
+        """Refuse what is not a uniform integer, and a choice of sign where none exists."""
+        integer = require_integer(number_format, "ClipSearch")
+        if self.choose_sign:
+            check_sign_choice(integer, "ClipSearch")
 
     def fit(
         self,
@@ -66,9 +72,10 @@ class ClipSearch(ScaleRule):
         importance: Float[Tensor, "*R G S"] | None = None,
     ) -> Parameters:
         """Return `scale`, and `zero_point` when the format is asymmetric."""
+        self.check(number_format)
         integer = require_integer(number_format, "ClipSearch")
         starts = [AbsMax(scale_dtype=self.scale_dtype).fit(values, integer)]
-        if integer.symmetric and self.choose_sign:
+        if self.choose_sign:
             signed = AbsMax(choose_sign=True, scale_dtype=self.scale_dtype).fit(values, integer)["scale"]
             starts = [Parameters(scale=signed), Parameters(scale=-signed)]
         best, best_error = starts[0], None

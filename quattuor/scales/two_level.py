@@ -22,8 +22,8 @@ class TwoLevel(ScaleRule):
     """Fit group steps first, then put them on an int8 grid that the whole row shares.
 
     step_g        the scale that `inner` fits to group g
-    channel_scale = max_g |step_g| / L,   L = 127 / 2^(b-1) levels of int8 per code
-    group_scale_g = step_g / channel_scale, rounded to float16, or to an integer in +-[1, floor(L)]
+    channel_scale = max_g |step_g| / L,   L = 127 / 2^(b-1) levels of int8 per code, rounded down when `integer`
+    group_scale_g = step_g / channel_scale, rounded to float16, or to an integer in +-[1, L] when `integer`
 
     `|code * group_scale| <= 127` then holds for every code, so nothing wraps. With integer group scales every
     product is an integer, so the second rounding vanishes.
@@ -57,13 +57,8 @@ class TwoLevel(ScaleRule):
                 )
             )
 
-    def fit(
-        self,
-        values: Float[Tensor, "R G S"],
-        number_format: Format,
-        importance: Float[Tensor, "*R G S"] | None = None,
-    ) -> Parameters:
-        """Return `group_scale` (float16, or int8 when `integer`, [R, G]) and `channel_scale` (float32, [R, 1])."""
+    def check(self, number_format: Format) -> None:
+        """Refuse formats of one level, and integer group scales where a code already takes a whole int8 step."""
         if not isinstance(number_format, TwoLevelInteger):
             raise UnsupportedError(
                 compose(
@@ -74,6 +69,26 @@ class TwoLevel(ScaleRule):
                     remedy="use TwoLevelInteger(bits)",
                 )
             )
+        if self.integer and 2 ** (number_format.bits - 1) > INT8_STEPS:
+            raise UnsupportedError(
+                compose(
+                    subject="bits",
+                    value=number_format.bits,
+                    constraint="leaves less than one int8 step per code, so no integer group scale exists",
+                    place="TwoLevel",
+                    remedy="use integer=False (integer_group_scales=False of a system), or at most 7 bits",
+                )
+            )
+
+    def fit(
+        self,
+        values: Float[Tensor, "R G S"],
+        number_format: Format,
+        importance: Float[Tensor, "*R G S"] | None = None,
+    ) -> Parameters:
+        """Return `group_scale` (float16, or int8 when `integer`, [R, G]) and `channel_scale` (float32, [R, 1])."""
+        self.check(number_format)
+        assert isinstance(number_format, TwoLevelInteger), "checked above"
         step_RG = self.inner.fit(values, Integer(number_format.bits), importance)["scale"].to(values.dtype)
         levels_per_code = INT8_STEPS / 2 ** (number_format.bits - 1)
         largest = int(levels_per_code) if self.integer else levels_per_code
