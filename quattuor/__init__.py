@@ -1,0 +1,27 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Quattuor: quantize large language models for real. Importing it lets transformers load what it saved."""
+
+from quattuor.checkpoints import inspect, save_pretrained, verify
+from quattuor.errors import CalibrationError, CheckpointError, InputError, QuattuorError, UnsupportedError
+from quattuor.quantized_tensor import QuantizedTensor
+from quattuor.recipe import Recipe
+from quattuor.rules import Rule
+from quattuor.serving.transformers import register
+
+__all__ = [
+    "CalibrationError",
+    "CheckpointError",
+    "InputError",
+    "QuantizedTensor",
+    "QuattuorError",
+    "Recipe",
+    "Rule",
+    "UnsupportedError",
+    "inspect",
+    "save_pretrained",
+    "verify",
+]
+
+__version__ = "0.1.0"
+
+register()
