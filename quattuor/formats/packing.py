@@ -93,7 +93,9 @@ def unpack_rows(
     byte_shifts = torch.arange(bits, device=packed.device) * 8
     words = (padded.view(num_rows, num_words, bits) << byte_shifts).sum(dim=-1)
     shifts = torch.arange(8, device=packed.device) * bits
-    unsigned_NK = ((words.unsqueeze(-1) >> shifts) & (2**bits - 1)).reshape(num_rows, 8 * num_words)[:, :num_codes]
+    unsigned_NK: Tensor = ((words.unsqueeze(-1) >> shifts) & (2**bits - 1)).reshape(num_rows, 8 * num_words)[
+        :, :num_codes
+    ]
     if not signed:
         return unsigned_NK.to(torch.uint8)
     half = 2 ** (bits - 1)

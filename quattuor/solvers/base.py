@@ -13,7 +13,7 @@ from quattuor.errors import CalibrationError, InputError, compose
 from quattuor.quantized_tensor import QuantizedTensor
 from quattuor.scales.base import Grid
 
-__all__ = ["Solution", "Solver", "hessian_error", "require_hessian"]
+__all__ = ["Solution", "Solver", "hessian_error", "require_statistic"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -53,38 +53,38 @@ class Solver(ABC):
         """
 
 
-def require_hessian(
-    weight: Float[Tensor, "N K"], statistics: Mapping[str, Tensor], place: str
+def require_statistic(
+    weight: Float[Tensor, "N K"], statistics: Mapping[str, Tensor], name: str, place: str
 ) -> Float[Tensor, "K K"]:
-    """Return the Hessian of the weight's input in the dtype of the weight.
+    """Return a `[K, K]` statistic of the weight's input, in the dtype of the weight.
 
     Raises:
         InputError: It is missing, or belongs to an input of another size.
         CalibrationError: It is not finite.
     """
     in_features = weight.shape[1]
-    hessian = statistics.get("hessian")
-    if hessian is None or tuple(hessian.shape) != (in_features, in_features):
+    matrix = statistics.get(name)
+    if matrix is None or tuple(matrix.shape) != (in_features, in_features):
         raise InputError(
             compose(
-                subject="hessian",
-                value="missing" if hessian is None else tuple(hessian.shape),
+                subject=name,
+                value="missing" if matrix is None else tuple(matrix.shape),
                 constraint=f"is not the [{in_features}, {in_features}] of a weight {tuple(weight.shape)}",
                 place=place,
                 remedy="pass the statistics of this layer's own input",
             )
         )
-    if not bool(torch.isfinite(hessian).all()):
+    if not bool(torch.isfinite(matrix).all()):
         raise CalibrationError(
             compose(
-                subject="hessian",
-                value=f"{int((~torch.isfinite(hessian)).sum())} entries",
+                subject=name,
+                value=f"{int((~torch.isfinite(matrix)).sum())} entries",
                 constraint="are NaN or infinite",
                 place=place,
                 remedy="look for the first layer whose activations are not finite, and run the model in float32",
             )
         )
-    return hessian.to(weight.dtype)
+    return matrix.to(weight.dtype)
 
 
 def hessian_error(

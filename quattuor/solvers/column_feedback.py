@@ -18,7 +18,7 @@ from quattuor.errors import CalibrationError, InputError, compose
 from quattuor.formats.base import Parameters
 from quattuor.quantized_tensor import QuantizedTensor
 from quattuor.scales.base import Grid
-from quattuor.solvers.base import Solution, Solver, hessian_error, require_hessian
+from quattuor.solvers.base import Solution, Solver, hessian_error, require_statistic
 
 __all__ = ["GPTQ"]
 
@@ -72,7 +72,7 @@ class GPTQ(Solver):
     def solve(self, weight: Float[Tensor, "N K"], grid: Grid, statistics: Mapping[str, Tensor]) -> Solution:
         """Return the packed weight. Raises CalibrationError when the damped Hessian is not positive definite."""
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        hessian = require_hessian(weight, statistics, "GPTQ")
+        hessian = require_statistic(weight, statistics, "hessian", "GPTQ")
         dead_K = self._dead(hessian)
         weight_NK = torch.where(dead_K, torch.zeros_like(weight), weight)
         importance_K = torch.where(dead_K, torch.ones_like(hessian.diagonal()), hessian.diagonal())
@@ -118,6 +118,7 @@ class GPTQ(Solver):
         mean = diagonal_K.sum() / (~dead).sum()
         diagonal_K.masked_fill_(dead[order], mean)
         diagonal_K += self.damping * mean
+        factor_KK: Tensor
         lower_KK, info = torch.linalg.cholesky_ex(damped_KK)
         if int(info) == 0:
             factor_KK, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower_KK), upper=True)

@@ -17,7 +17,7 @@ from quattuor.errors import InputError, compose
 from quattuor.formats.base import Parameters
 from quattuor.quantized_tensor import QuantizedTensor
 from quattuor.scales.base import Grid
-from quattuor.solvers.base import Solution, Solver, hessian_error
+from quattuor.solvers.base import Solution, Solver, hessian_error, require_statistic
 from quattuor.solvers.column_feedback import GPTQ
 
 __all__ = ["CoordinateDescent"]
@@ -45,15 +45,15 @@ class CoordinateDescent(Solver):
     damping: float = 0.01
 
     def __post_init__(self) -> None:
-        """Reject a negative number of passes or damping."""
-        if self.num_passes < 1 or self.damping < 0:
+        """Reject a number of passes or a damping that does nothing."""
+        if self.num_passes < 1 or self.damping <= 0:
             raise InputError(
                 compose(
                     subject="num_passes, damping",
                     value=(self.num_passes, self.damping),
                     constraint="are out of range",
                     place="CoordinateDescent",
-                    remedy="use num_passes >= 1 and damping >= 0",
+                    remedy="use num_passes >= 1 and damping > 0",
                 )
             )
 
@@ -64,8 +64,9 @@ class CoordinateDescent(Solver):
 
     def solve(self, weight: Float[Tensor, "N K"], grid: Grid, statistics: Mapping[str, Tensor]) -> Solution:
         """Return the improved weight."""
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        hessian_KK = require_statistic(weight, statistics, "hessian", "CoordinateDescent")
         first = self.start.solve(weight, grid, statistics)
-        hessian_KK = statistics["hessian"].to(weight.dtype)
         damped_KK = hessian_KK.clone()
         damped_KK.diagonal().add_(self.damping * hessian_KK.diagonal().mean())
         tensor = first.tensor
@@ -73,7 +74,7 @@ class CoordinateDescent(Solver):
             tensor = self._refit(weight, tensor, damped_KK)
             tensor = self._descend(weight, tensor, damped_KK)
         tensor = self._refit(weight, tensor, damped_KK)
-        error = hessian_error(weight, tensor.decode().to(weight.dtype), hessian_KK)
+        error = hessian_error(weight, tensor.decode(), hessian_KK)
         return Solution(tensor=tensor, error=error, notes=first.notes)
 
     def _refit(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from quattuor.quantized_tensor import QuantizedTensor
 from quattuor.scales.base import Grid
-from quattuor.solvers.base import Solution, Solver, hessian_error, require_hessian
+from quattuor.solvers.base import Solution, Solver, hessian_error, require_statistic
 
 __all__ = ["Nearest"]
 
@@ -33,7 +33,7 @@ class Nearest(Solver):
     def solve(self, weight: Float[Tensor, "N K"], grid: Grid, statistics: Mapping[str, Tensor]) -> Solution:
         """Return the rounded weight."""
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
-        hessian = require_hessian(weight, statistics, "Nearest") if self.weighted else None
+        hessian = require_statistic(weight, statistics, "hessian", "Nearest") if self.weighted else None
         parameters = grid.fit(weight, None if hessian is None else hessian.diagonal())
         grouped = grid.number_format.encode(grid.granularity.split(weight), parameters)
         codes = grid.granularity.merge(grouped, (weight.shape[0], weight.shape[1]))

@@ -9,7 +9,7 @@ so that solving for W* instead of W takes back errors of earlier layers as far a
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from quattuor.errors import CalibrationError, InputError, compose
 from quattuor.scales.base import Grid
-from quattuor.solvers.base import Solution, Solver
+from quattuor.solvers.base import Solution, Solver, hessian_error, require_statistic
 from quattuor.solvers.column_feedback import GPTQ
 
 __all__ = ["TargetCorrection"]
@@ -28,7 +28,7 @@ class TargetCorrection(Solver):
     """Solve for W* = W + strength * W (C - H) (H + damping * mean(diag H) I)^-1 instead of W.
 
     H = E[v v^T] is the Hessian of the inputs that the layer will see, C = E[x v^T] their correlation with the
-    original inputs. The reported error is that of W*.
+    original inputs. The reported error is that against W, as for every solver.
 
     Args:
         inner: Chooses codes for W*.
@@ -63,7 +63,9 @@ class TargetCorrection(Solver):
 
     def solve(self, weight: Float[Tensor, "N K"], grid: Grid, statistics: Mapping[str, Tensor]) -> Solution:
         """Return the packed weight for the corrected target."""
-        hessian_KK = statistics["hessian"].to(weight.dtype)
+        weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
+        hessian_KK = require_statistic(weight, statistics, "hessian", "TargetCorrection")
+        cross_KK = require_statistic(weight, statistics, "cross", "TargetCorrection")
         damped_KK = hessian_KK.clone()
         damped_KK.diagonal().add_(self.damping * hessian_KK.diagonal().mean())
         lower_KK, info = torch.linalg.cholesky_ex(damped_KK)
@@ -77,6 +79,7 @@ class TargetCorrection(Solver):
                     remedy="raise damping to 0.1, or calibrate with more tokens than input features",
                 )
             )
-        drift_NK = weight @ (statistics["cross"].to(weight.dtype) - hessian_KK)
+        drift_NK = weight @ (cross_KK - hessian_KK)
         correction_NK = torch.cholesky_solve(drift_NK.T, lower_KK).T
-        return self.inner.solve(weight + self.strength * correction_NK, grid, statistics)
+        solution = self.inner.solve(weight + self.strength * correction_NK, grid, statistics)
+        return replace(solution, error=hessian_error(weight, solution.tensor.decode(), hessian_KK))
