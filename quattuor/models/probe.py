@@ -14,7 +14,8 @@ __all__ = ["returns_tuple"]
 def returns_tuple(block: nn.Module, hidden_states: Tensor, keywords: Mapping[str, Any]) -> bool:
     """Find out whether a block returns a tuple rather than the hidden state, without computing anything.
 
-    Runs the block's own forward on the meta device, so that the weights need not be loaded and stay untouched.
+    Runs the forward of the block's class on the meta device, so that the weights need not be loaded and stay
+    untouched. A forward that somebody put on the block itself is set aside meanwhile.
 
     Args:
         block: A decoder block, on any device.
@@ -22,12 +23,17 @@ def returns_tuple(block: nn.Module, hidden_states: Tensor, keywords: Mapping[str
         keywords: The other arguments of its forward.
     """
     state = {**dict(block.named_parameters()), **dict(block.named_buffers())}
-    output = torch.func.functional_call(
-        block,
-        {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()},
-        (torch.empty_like(hidden_states, device="meta"),),
-        {name: _on_meta(value) for name, value in keywords.items()},
-    )
+    stand_in = block.__dict__.pop("forward", None)
+    try:
+        output = torch.func.functional_call(
+            block,
+            {name: torch.empty_like(tensor, device="meta") for name, tensor in state.items()},
+            (torch.empty_like(hidden_states, device="meta"),),
+            {name: _on_meta(value) for name, value in keywords.items()},
+        )
+    finally:
+        if stand_in is not None:
+            block.__dict__["forward"] = stand_in
     return isinstance(output, tuple)
 
 

@@ -1,6 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
-import torch
 from tiny_models import tiny_config, tiny_model
 from torch import nn
 from transformers import (
@@ -15,7 +14,7 @@ from transformers import (
 )
 
 from quattuor.errors import UnsupportedError
-from quattuor.models import SiteKind, discover, returns_tuple
+from quattuor.models import SiteKind, discover
 
 SIZES = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -36,25 +35,6 @@ def test_an_undescribed_decoder_is_discovered():
     assert {site.kind for site in found.sites()} == {SiteKind.OPAQUE}
     assert "discovered" in found.reason_against_residual_rotation(keeps_mean=True)
     assert found.block_returns_tuple is None
-
-
-class Pair(nn.Module):
-    """A block that returns more than its hidden state."""
-
-    def __init__(self):
-        super().__init__()
-        self.linear = nn.Linear(8, 8)
-
-    def forward(self, hidden_states, *, mask):
-        return self.linear(hidden_states) * mask[0], mask
-
-
-def test_probe_tells_a_tuple_without_touching_the_block():
-    block = Pair()
-    before = block.linear.weight.clone()
-    assert returns_tuple(block, torch.ones(1, 2, 8), {"mask": (torch.ones(8),)})
-    assert block.linear.weight.device.type == "cpu"
-    assert torch.equal(block.linear.weight, before)
 
 
 def test_a_post_norm_opt_is_discovered_although_it_is_not_described():
