@@ -24,10 +24,16 @@ __all__ = [
     "layout_to_dict",
     "quantization_config",
     "read_layouts",
+    "stored_names",
 ]
 
 QUANT_METHOD = "quattuor"
 FORMAT_VERSION = 1
+
+
+def stored_names(name: str, layout: LinearLayout) -> tuple[str, ...]:
+    """Return the full names of the tensors of a packed weight, without its bias."""
+    return tuple(f"{name}.{leaf}" for leaf in ("packed", *(item.name for item in layout.parameters)))
 
 
 def expected_bytes(layout: LinearLayout, out_features: int, in_features: int) -> int:

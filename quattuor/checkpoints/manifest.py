@@ -11,7 +11,7 @@ import safetensors
 import torch
 import transformers
 
-from quattuor.checkpoints.layouts import FORMAT_VERSION
+from quattuor.checkpoints.layouts import FORMAT_VERSION, stored_names
 from quattuor.errors import CheckpointError, compose
 from quattuor.nn.linear import QuantizedLinear
 from quattuor.recipe import Recipe
@@ -73,8 +73,7 @@ def build_manifest(
     rows = []
     packed_bytes = num_weights = 0
     for name, linear in linears.items():
-        leaves = ("packed", *(item.name for item in linear.layout.parameters))
-        nbytes = sum(entries[f"{name}.{leaf}"]["bytes"] for leaf in leaves)
+        nbytes = sum(entries[full]["bytes"] for full in stored_names(name, linear.layout))
         weights = linear.out_features * linear.in_features
         packed_bytes, num_weights = packed_bytes + nbytes, num_weights + weights
         rows.append(

@@ -18,7 +18,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from quattuor.activations.base import ActivationQuantizer
 from quattuor.checkpoints.base import CheckpointFormat, PackedModel, read_generation_config, read_tokenizer
-from quattuor.checkpoints.layouts import quantization_config, read_layouts
+from quattuor.checkpoints.layouts import quantization_config, read_layouts, stored_names
 from quattuor.checkpoints.manifest import MANIFEST_NAME, build_manifest, model_card, write_json
 from quattuor.checkpoints.skeleton import expected_tensors, quantized_linears, quantized_skeleton
 from quattuor.checkpoints.tensors import (
@@ -212,9 +212,7 @@ class CheckpointWriter:
 
     def _final_config(self, config: Any, recipe: Recipe, layouts: Mapping[str, LinearLayout]) -> Any:
         config = copy.deepcopy(config)
-        packed = {
-            f"{name}.{leaf}" for name, layout in layouts.items() for leaf in layout.empty_state(1, 1, "meta")
-        }
+        packed = {full for name, layout in layouts.items() for full in stored_names(name, layout)}
         sizes: dict[str, int] = {}
         for name, entry in self._entries.items():
             if name not in packed and entry["dtype"].startswith(("float", "bfloat")):
