@@ -99,4 +99,5 @@ def unpack_rows(
     if not signed:
         return unsigned_NK.to(torch.uint8)
     half = 2 ** (bits - 1)
-    return ((unsigned_NK ^ half) - half).to(torch.int8)
+    signed_NK: Tensor = (unsigned_NK ^ half) - half
+    return signed_NK.to(torch.int8)
