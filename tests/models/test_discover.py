@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 import pytest
+import torch
 from tiny_models import tiny_config, tiny_model
 from torch import nn
 from transformers import (
@@ -14,7 +15,7 @@ from transformers import (
 )
 
 from quattuor.errors import UnsupportedError
-from quattuor.models import SiteKind, discover
+from quattuor.models import SiteKind, discover, returns_tuple
 
 SIZES = {"vocab_size": 256, "hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
 
@@ -125,7 +126,21 @@ def test_largest_list_wins_over_smaller_ones_and_lists_inside_it():
     assert "mlp.0.down_proj" in found.linears
 
 
-def test_bloom_is_discovered_with_its_fused_linear():
-    config = BloomConfig(vocab_size=256, hidden_size=64, n_layer=2, n_head=4)
-    found = discover(AutoModelForCausalLM.from_config(config))
+@torch.no_grad()
+def test_a_block_that_returns_a_tuple_is_probed(generator):
+    model = AutoModelForCausalLM.from_config(
+        BloomConfig(vocab_size=256, hidden_size=64, n_layer=2, n_head=4)
+    ).eval()
+    found = discover(model)
     assert "self_attention.query_key_value" in found.linears
+    seen = {}
+    block = model.get_submodule(found.blocks)[0]
+    block.register_forward_hook(
+        lambda _, arguments, keywords, output: seen.update(
+            hidden=arguments[0], keywords=keywords, is_tuple=isinstance(output, tuple)
+        ),
+        with_kwargs=True,
+    )
+    model(torch.randint(0, 256, (1, 8), generator=generator), use_cache=False)
+    assert seen["is_tuple"], "this release no longer shows the case; take another architecture"
+    assert returns_tuple(block, seen["hidden"], seen["keywords"])
