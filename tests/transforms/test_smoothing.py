@@ -77,8 +77,8 @@ def test_search_agrees_with_brute_force(make_problem, seed, group_size):
     assert loss_of(problem, found) == pytest.approx(loss, rel=1e-4)
 
 
-@pytest.mark.parametrize("seed", range(6))
-@pytest.mark.parametrize("bits", [3, 4, 8])
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("bits", [3, 8])
 @pytest.mark.parametrize("outlier", [1.0, 20.0])
 @pytest.mark.parametrize("evaluate", [gated, lambda x, w: x @ w.T])
 def test_never_worse_than_no_smoothing(make_problem, seed, bits, outlier, evaluate):
