@@ -88,7 +88,7 @@ def test_width_that_does_not_exist(bits: int) -> None:
 
 
 def test_narrow_needs_symmetric() -> None:
-    with pytest.raises(InputError, match="narrow=True has no meaning for an asymmetric format; drop narrow"):
+    with pytest.raises(InputError, match=r"narrow=True has no meaning for an asymmetric format; drop narrow"):
         Integer(4, symmetric=False, narrow=True)
 
 

@@ -115,5 +115,5 @@ def test_width_that_does_not_exist(bits: int) -> None:
 
 @pytest.mark.parametrize("num_codes", [5, 9])
 def test_rows_of_the_wrong_length(num_codes: int) -> None:
-    with pytest.raises(InputError, match="packed row length=4 is not the"):
+    with pytest.raises(InputError, match=r"packed row length=4 is not the"):
         unpack_rows(torch.zeros(2, 4, dtype=torch.uint8), 4, num_codes, signed=False)

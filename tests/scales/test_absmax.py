@@ -77,17 +77,17 @@ def test_float16_zero_point_follows_the_stored_scale() -> None:
 @pytest.mark.parametrize("number_format", [Integer(4, narrow=True), Integer(4, symmetric=False)], ids=str)
 def test_sign_choice_needs_an_extra_code(number_format: Format) -> None:
     with pytest.raises(
-        UnsupportedError, match="AbsMax: choose_sign=True gains nothing with .*; use choose_sign=False"
+        UnsupportedError, match=r"AbsMax: choose_sign=True gains nothing with .*; use choose_sign=False"
     ):
         AbsMax(choose_sign=True).fit(torch.ones(1, 1, 4), number_format)
 
 
 def test_other_formats_are_refused() -> None:
-    with pytest.raises(UnsupportedError, match="AbsMax: format=.* is not a uniform integer; use Integer"):
+    with pytest.raises(UnsupportedError, match=r"AbsMax: format=.* is not a uniform integer; use Integer"):
         AbsMax().fit(torch.ones(1, 1, 4), TwoLevelInteger(4))
 
 
 def test_scale_beyond_float16_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match="is beyond the range of float16; use scale_dtype"):
+    with pytest.raises(UnsupportedError, match=r"is beyond the range of float16; use scale_dtype"):
         AbsMax(scale_dtype="float16").fit(grouped(7e5, 1.0), Integer(4))
     assert AbsMax().fit(grouped(7e5, 1.0), Integer(4))["scale"].item() == pytest.approx(1e5)

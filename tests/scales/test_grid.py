@@ -40,9 +40,9 @@ def test_weights_without_a_scale(bad: float) -> None:
 
 
 def test_rule_and_format_must_fit_each_other() -> None:
-    with pytest.raises(UnsupportedError, match="is not a uniform integer"):
+    with pytest.raises(UnsupportedError, match=r"is not a uniform integer"):
         Grid(number_format=TwoLevelInteger(4), granularity=PerGroup(4), scales=AbsMax())
-    with pytest.raises(UnsupportedError, match="use integer=False"):
+    with pytest.raises(UnsupportedError, match=r"use integer=False"):
         Grid(number_format=TwoLevelInteger(8), granularity=PerGroup(4), scales=TwoLevel())
 
 
@@ -57,5 +57,5 @@ def test_round_scale_keeps_sign_and_leaves_zero() -> None:
 
 def test_round_scale_refuses_overflow() -> None:
     assert round_scale(torch.tensor([65504.0]), "float16").item() == 65504
-    with pytest.raises(UnsupportedError, match="scale=70000.0 is beyond the range of float16"):
+    with pytest.raises(UnsupportedError, match=r"scale=70000.0 is beyond the range of float16"):
         round_scale(torch.tensor([1.0, -70000.0]), "float16")

@@ -140,7 +140,7 @@ def test_searches_that_do_not_exist(options: dict[str, float]) -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(UnsupportedError, match="ClipSearch: format=.* is not a uniform integer"):
+    with pytest.raises(UnsupportedError, match=r"ClipSearch: format=.* is not a uniform integer"):
         ClipSearch().fit(torch.ones(1, 1, 4), TwoLevelInteger(4))
-    with pytest.raises(UnsupportedError, match="ClipSearch: choose_sign=True gains nothing"):
+    with pytest.raises(UnsupportedError, match=r"ClipSearch: choose_sign=True gains nothing"):
         ClipSearch(choose_sign=True).fit(torch.ones(1, 1, 4), Integer(4, narrow=True))

@@ -109,7 +109,7 @@ def test_a_tiny_group_beside_a_large_one() -> None:
 def test_integer_group_scales_do_not_exist_at_8_bits() -> None:
     values = torch.ones(1, 1, 4)
     with pytest.raises(
-        UnsupportedError, match="TwoLevel: bits=8 leaves less than one int8 step.*use integer=False"
+        UnsupportedError, match=r"TwoLevel: bits=8 leaves less than one int8 step.*use integer=False"
     ):
         TwoLevel(inner=QUICK).fit(values, TwoLevelInteger(8))
     assert TwoLevel(inner=QUICK).fit(values, TwoLevelInteger(7))["group_scale"].abs().tolist() == [[1]]
