@@ -192,8 +192,8 @@ class TokenRange:
         return f"{self.first}+" if self.last is None else f"{self.first}-{self.last}"
 
 
-#: Decoding, speculative or batched decoding, prefill. Consecutive and complete from 0.
-TOKEN_RANGES = (TokenRange(0, 16), TokenRange(17, 128), TokenRange(129, None))
+#: Decoding, batched decoding, where memory and tensor cores balance, prefill. Consecutive, complete from 0.
+TOKEN_RANGES = (TokenRange(0, 16), TokenRange(17, 64), TokenRange(65, 128), TokenRange(129, None))
 
 
 class Implementation(ABC):

@@ -11,6 +11,7 @@ from pathlib import Path
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
 
 NVDISASM = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "nvdisasm"
 CUOBJDUMP = NVDISASM.with_name("cuobjdump")
@@ -61,7 +62,8 @@ def compile_kernel(kernel, signature, constexprs, *, capability, divisible=(), *
     """
     types = {name: signature.get(name, "constexpr") for name in kernel.arg_names}
     index = {name: i for i, name in enumerate(kernel.arg_names)}
-    source = ASTSource(
+    source_type = GluonASTSource if kernel.is_gluon() else ASTSource
+    source = source_type(
         kernel,
         types,
         {(index[name],): value for name, value in constexprs.items()},

@@ -19,6 +19,7 @@ from quattuor.kernels.dispatch import (
     choose,
 )
 from quattuor.kernels.w4a8_linear.float32 import Float32
+from quattuor.kernels.w4a8_linear.gluon import Gluon
 from quattuor.kernels.w4a8_linear.reference import Reference
 from quattuor.kernels.w4a8_linear.triton import Triton
 
@@ -27,7 +28,7 @@ __all__ = ["IMPLEMENTATIONS", "Plan", "plan"]
 PLACE = "w4a8_linear"
 
 #: Fastest first; the reference supports every legal problem.
-IMPLEMENTATIONS: tuple[Implementation, ...] = (Triton(), Float32(), Reference())
+IMPLEMENTATIONS: tuple[Implementation, ...] = (Gluon(), Triton(), Float32(), Reference())
 BY_NAME = {implementation.name: implementation for implementation in IMPLEMENTATIONS}
 
 

@@ -10,7 +10,17 @@ from torch.nn.functional import pad
 from quattuor.kernels.dispatch import LinearProblem
 from quattuor.kernels.w4a8_linear.reference import int8_weight
 
-__all__ = ["BLOCK_K", "PLANE_K", "ROW_TILE", "Tile", "mode_of", "pack_planes", "prepare_planes", "unpack_planes"]
+__all__ = [
+    "BLOCK_K",
+    "PLANE_K",
+    "ROW_TILE",
+    "HopperTile",
+    "Tile",
+    "mode_of",
+    "pack_planes",
+    "prepare_planes",
+    "unpack_planes",
+]
 
 #: Elements of K in one block: two planes of `PLANE_K`, one in the low and one in the high nibbles.
 BLOCK_K = 256
@@ -30,6 +40,21 @@ class Tile:
     split: int
     num_warps: int
     num_stages: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class HopperTile:
+    """A tile of consumers * blocks * 64 rows by `tokens`, with a ring of `stages` K blocks."""
+
+    consumers: int
+    blocks: int
+    tokens: int
+    stages: int
+
+    @property
+    def rows(self) -> int:
+        """Output features of the tile."""
+        return self.consumers * self.blocks * 64
 
 
 def mode_of(problem: LinearProblem) -> str:

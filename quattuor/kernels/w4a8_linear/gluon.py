@@ -1,0 +1,90 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operation on Hopper in Gluon: which problems it takes, and the tile for each token count."""
+
+import importlib.util
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from quattuor.kernels.dispatch import Implementation, LinearProblem, TokenRange
+from quattuor.kernels.w4a8_linear.planes import BLOCK_K, PLANE_K, HopperTile, mode_of, prepare_planes
+from quattuor.kernels.w4a8_linear.triton import processors
+
+__all__ = ["Gluon", "choose_hopper_tile"]
+
+#: Stages that fit in 227 KB of shared memory for tiles of 128 rows, by tokens.
+STAGES = {8: 10, 16: 9, 32: 8, 64: 6, 128: 4}
+
+
+def choose_hopper_tile(num_tokens: int, mode: str) -> HopperTile:
+    """Return the tile for a token count: the least power of two that holds it, up to 128 tokens by 256 rows."""
+    tokens = min(128, max(8, 1 << (num_tokens - 1).bit_length()))
+    if num_tokens <= 128:
+        return HopperTile(consumers=2, blocks=1, tokens=tokens, stages=STAGES[tokens])
+    return HopperTile(consumers=2, blocks=2, tokens=128, stages=2 if mode == "half" else 3)
+
+
+class Gluon(Implementation):
+    """Bulk copies, warp specialization and register-operand warpgroup products, for compute capability 9.0."""
+
+    name = "gluon"
+    layout = "planes"
+
+    def supports(self, problem: LinearProblem) -> str | None:
+        if problem.device_type != "cuda":
+            return f"runs on CUDA devices, not on {problem.device_type}"
+        if problem.compute_capability is None or problem.compute_capability[0] != 9:
+            return f"needs warpgroup instructions (compute capability 9.0), not {problem.compute_capability}"
+        if importlib.util.find_spec("triton.experimental.gluon") is None:
+            return "the installed triton has no Gluon (pip install 'triton>=3.6')"
+        if problem.weight_bits > 4:
+            return f"unpacks codes of at most 4 bits, not {problem.weight_bits}"
+        if problem.group_size is not None and problem.group_size % PLANE_K:
+            return f"needs a group size that is a multiple of {PLANE_K}, not {problem.group_size}"
+        if problem.in_features % 16:
+            return f"bulk copies need in_features to be a multiple of 16, not {problem.in_features}"
+        return None
+
+    def declines(self, problem: LinearProblem, tokens: TokenRange) -> str | None:
+        if tokens.last is not None and tokens.last <= 64:
+            return "streaming the weight is the limit here, and the smaller programs of triton hide more of it"
+        return None
+
+    def prepare(self, problem: LinearProblem, *tensors: Tensor | None) -> dict[str, Tensor]:
+        return prepare_planes(problem, *tensors)
+
+    def linear(
+        self,
+        problem: LinearProblem,
+        inputs: Sequence[Tensor],
+        operand: Mapping[str, Tensor],
+        bias: Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        from quattuor.kernels.w4a8_linear.gluon_kernel import launch
+
+        x_codes, x_scale = inputs
+        num_tokens = x_codes.shape[0]
+        out = torch.empty(num_tokens, problem.out_features, dtype=out_dtype, device=x_codes.device)
+        if num_tokens == 0:
+            return out
+        if x_codes.stride(1) != 1 or x_codes.stride(0) % 16 or x_codes.data_ptr() % 16:
+            x_codes = x_codes.clone(memory_format=torch.contiguous_format)
+        mode = mode_of(problem)
+        launch(
+            x_codes,
+            x_scale.contiguous(),
+            operand["packed"],
+            operand["scale"],
+            operand.get("group_scale"),
+            operand["arrivals"],
+            bias if bias is None else bias.contiguous(),
+            out,
+            mode=mode,
+            group_size=problem.group_size,
+            num_blocks=-(-problem.in_features // BLOCK_K),
+            tile=choose_hopper_tile(num_tokens, mode),
+            programs=processors(x_codes.device)[0],
+        )
+        return out

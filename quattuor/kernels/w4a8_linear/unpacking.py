@@ -1,0 +1,56 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Inline assembly that turns four packed codes into four int8 operands; $1 holds one byte of four elements of K.
+
+The low plane is in the low nibbles, the high plane in the high nibbles. Byte arithmetic on int8 tensors would
+compile to one extraction and one insertion per byte; these work on four bytes at once.
+"""
+
+import triton.language as tl
+
+__all__ = ["HIGH_CHANNEL", "HIGH_HALF", "HIGH_INTEGER", "LOW_CHANNEL", "LOW_HALF", "LOW_INTEGER"]
+
+# 16 * code: the nibble stays in the high half of its byte.
+LOW_CHANNEL = tl.constexpr("{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xF0F0F0F0; }")
+HIGH_CHANNEL = tl.constexpr("and.b32 $0, $1, 0xF0F0F0F0;")
+
+# With u = code + 8 in 0 .. 15: u * r + (128 - 8 r) stays in 0 .. 240 in each byte, so one 32-bit multiply-add
+# scales four codes without a carry, and flipping the sign bits subtracts the 128. $2 is r, $6 the packed addend.
+LOW_INTEGER = tl.constexpr("""{
+    .reg .b32 t;
+    lop3.b32 t, $1, 0x0F0F0F0F, 0x08080808, 0x6A;
+    mad.lo.u32 t, t, $2, $6;
+    xor.b32 $0, t, 0x80808080;
+}""")
+HIGH_INTEGER = tl.constexpr("""{
+    .reg .b32 t;
+    shr.u32 t, $1, 4;
+    lop3.b32 t, t, 0x0F0F0F0F, 0x08080808, 0x6A;
+    mad.lo.u32 t, t, $2, $6;
+    xor.b32 $0, t, 0x80808080;
+}""")
+
+# 0x64uu is the float16 1024 + u, so subtracting 1032 gives the code. code * s + 1152 is rounded once; in
+# 1024 .. 2048 float16 is spaced by 1, so that is rne(code * s) + 1152, and clamping to 1024 .. 1279 leaves
+# clamp(..., -128, 127) + 128 in the low byte. Larger products round coarser but are clamped all the same.
+HALF_BODY = """
+    lop3.b32 t, t, 0x0F0F0F0F, 0x08080808, 0x6A;
+    mov.b32 one, 0x64646464;
+    prmt.b32 a, t, one, 0x4140;
+    prmt.b32 b, t, one, 0x4342;
+    mov.b32 c, 0x64086408;
+    sub.rn.f16x2 a, a, c;
+    sub.rn.f16x2 b, b, c;
+    mov.b32 c, 0x64806480;
+    fma.rn.f16x2 a, a, $2, c;
+    fma.rn.f16x2 b, b, $2, c;
+    mov.b32 c, 0x64006400;
+    max.f16x2 a, a, c;
+    max.f16x2 b, b, c;
+    mov.b32 c, 0x64FF64FF;
+    min.f16x2 a, a, c;
+    min.f16x2 b, b, c;
+    prmt.b32 t, a, b, 0x6420;
+    xor.b32 $0, t, 0x80808080;
+}"""
+LOW_HALF = tl.constexpr("{ .reg .b32 t, a, b, c, one; mov.b32 t, $1;" + HALF_BODY)
+HIGH_HALF = tl.constexpr("{ .reg .b32 t, a, b, c, one; shr.u32 t, $1, 4;" + HALF_BODY)

@@ -1,0 +1,117 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The Hopper kernel without a GPU: its machine code, its tiles, its share of work, its refusals."""
+
+import dataclasses
+import re
+
+import pytest
+
+pytest.importorskip("triton.experimental.gluon")
+
+from ahead_of_time import compile_kernel
+
+from quattuor.errors import UnsupportedError
+from quattuor.kernels import w4a8_linear
+from quattuor.kernels.w4a8_linear.gluon import choose_hopper_tile
+from quattuor.kernels.w4a8_linear.gluon_kernel import MODES, w4a8_hopper_kernel
+
+LAYOUT = "NVMMASharedLayout(swizzle_byte_width={}, element_bitwidth={}, rank=2)"
+GROUP_SCALE = {"integer": ("i8", 8), "half": ("fp16", 16)}
+
+
+def compile_tile(mode, num_tokens):
+    """Compile the kernel as it is launched for a token count."""
+    tile = choose_hopper_tile(num_tokens, mode)
+    group_type, group_bits = GROUP_SCALE.get(mode, ("i8", 8))
+    signature = {
+        "x_desc": f"tensordesc<i8[{tile.tokens}, 128],{LAYOUT.format(128, 8)}>",
+        "w_desc": f"tensordesc<i8[{tile.rows}, 128],{LAYOUT.format(128, 8)}>",
+        "group_desc": f"tensordesc<{group_type}[1, {tile.rows}],{LAYOUT.format(0, group_bits)}>",
+        "out_desc": f"tensordesc<fp16[{tile.tokens}, 64],{LAYOUT.format(128, 16)}>",
+        "out": "*fp16",
+        "scale": "*fp32",
+        "x_scale": "*fp32",
+        "bias": "*fp16",
+        "partial": "*i32",
+        "arrivals": "*i32",
+        "num_tokens": "i32",
+        "num_rows": "i32",
+        "num_blocks": "i32",
+    }
+    constants = {
+        "CONSUMERS": tile.consumers,
+        "BLOCKS": tile.blocks,
+        "TOKENS": tile.tokens,
+        "MODE": MODES[mode].value,
+        "GROUP_SIZE": 128,
+        "BAND": 8,
+        "STAGES": tile.stages,
+        "HAS_BIAS": False,
+        "BULK_STORE": True,
+    }
+    divisible = ["out", "scale", "x_scale", "bias", "partial", "arrivals", "num_rows"]
+    binary = compile_kernel(
+        w4a8_hopper_kernel,
+        signature,
+        constants,
+        capability=90,
+        divisible=divisible,
+        num_warps=4,
+        enable_fp_fusion=False,
+    )
+    return tile, binary
+
+
+def main_loops(binary):
+    """Return the machine code of the product loop of each consumer: around its warpgroup products."""
+    lines = binary.sass.splitlines()
+    products = [i for i, line in enumerate(lines) if "IGMMA" in line]
+    half = len(products) // 2
+    spans = [(products[0], products[half - 1]), (products[half], products[-1])]
+    return ["\n".join(lines[first - 80 : last + 20]) for first, last in spans]
+
+
+@pytest.mark.parametrize(
+    ("mode", "num_tokens"), [("channel", 128), ("channel", 4096), ("integer", 4096), ("half", 100)]
+)
+def test_machine_code(mode, num_tokens):
+    tile, binary = compile_tile(mode, num_tokens)
+    products = 2 * tile.blocks * 8  # two consumers, 256 / 32 products for each 64 rows
+    assert binary.count("IGMMA") == products
+    # one wait for each consumer: more would mean that the compiler serialized the register-operand products
+    assert binary.count(r"WARPGROUP\.DEPBAR") == 2
+    assert binary.count("UTMALDG") == (3 if mode == "channel" else 5)
+    assert binary.count("UTMASTG") == 2 * tile.blocks
+    assert binary.count("STSM") > 0
+    assert binary.count("PRMT") <= 500 if mode == "half" else binary.count("PRMT") <= 16
+    assert binary.shared_bytes <= 227 * 1024
+    for loop in main_loops(binary):
+        assert not re.search(r"\b(STL|LDL)\b", loop), "spills between the products"
+        assert loop.count("LDSM.16.M88.4") >= 4 * tile.blocks
+
+
+@pytest.mark.parametrize("mode", list(MODES))
+def test_tiles_hold_the_tokens(mode):
+    for num_tokens in (1, 8, 9, 16, 17, 33, 64, 65, 128):
+        tile = choose_hopper_tile(num_tokens, mode)
+        assert num_tokens <= tile.tokens < max(16, 2 * num_tokens)
+    assert choose_hopper_tile(129, mode) == choose_hopper_tile(10**6, mode)
+
+
+def test_refusals_have_reasons(layer):
+    base = dataclasses.replace(layer(64, 256).problem, device_type="cuda", compute_capability=(9, 0))
+    group = dataclasses.replace(base, group_size=64)
+    for change, words in (
+        ({"compute_capability": (8, 0)}, "warpgroup instructions"),
+        ({"compute_capability": (10, 0)}, "warpgroup instructions"),
+        ({"weight_bits": 5}, "at most 4 bits"),
+        ({"in_features": 250}, "multiple of 16"),
+        ({"group_size": 64}, "multiple of 128"),
+        ({"device_type": "cpu", "compute_capability": None}, "CUDA"),
+    ):
+        with pytest.raises(UnsupportedError, match=words):
+            w4a8_linear.plan(dataclasses.replace(base, **change), force="gluon")
+    plan = w4a8_linear.plan(base)
+    assert [plan.implementation(m) for m in (1, 64, 65, 5000)] == ["triton", "triton", "gluon", "gluon"]
+    assert w4a8_linear.plan(group).implementation(5000) == "triton"
+    assert set(plan.schedule.layouts()) == {"planes"}
