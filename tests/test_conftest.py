@@ -11,6 +11,7 @@ from jaxtyping import TypeCheckError
 from quattuor.formats import Integer
 from quattuor.models import Heads
 from quattuor.scales import AbsMax
+from quattuor.solvers import GPTQ
 
 
 def test_shapes_are_enforced():
@@ -27,6 +28,12 @@ def test_fields_are_enforced_in_frozen_dataclasses_with_slots():
         heads.num_heads = 4
     with pytest.raises(TypeCheckError):
         Heads(num_heads="2", num_kv_heads=1, head_dim=3)
+
+
+def test_an_int_passes_for_a_float_but_text_does_not():
+    assert GPTQ(damping=1).damping == 1
+    with pytest.raises(TypeCheckError):
+        GPTQ(damping="0.01")
 
 
 @pytest.mark.parametrize(
