@@ -8,7 +8,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import psutil
 import torch
@@ -88,6 +88,7 @@ class QuantizationReport:
             self.peak_device_memory_bytes = torch.cuda.max_memory_allocated(device)
 
 
+@runtime_checkable
 class BlockStore(Protocol):
     """Where a model's parameters come from, and where finished modules go."""
 
