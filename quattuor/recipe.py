@@ -4,7 +4,8 @@
 import dataclasses
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hints
 
 from quattuor.activations import ActivationQuantizer, DynamicQuantizer
 from quattuor.errors import InputError, compose
@@ -93,6 +94,8 @@ class Recipe:
 
     def __or__(self, other: "Recipe") -> "Recipe":
         """Combine two recipes; an axis that both set to different values is a conflict."""
+        if not isinstance(other, Recipe):
+            return NotImplemented
         default = Recipe()
         merged: dict[str, Any] = {"systems": self.systems + other.systems}
         for axis in ("transforms", "weights", "activations", "rules", "inputs", "sequential"):
@@ -121,9 +124,17 @@ class Recipe:
         Raises:
             InputError: An unknown key or part, with the nearest name that exists, or a value a part refuses.
         """
-        fields = {item.name: item for item in dataclasses.fields(cls)}
-        _reject_unknown(data, fields, "Recipe")
-        return cls(**{key: part_from_dict(value, f"Recipe.{key}") for key, value in data.items()})
+        if not isinstance(data, dict):
+            raise InputError(
+                compose(
+                    subject="recipe",
+                    value=repr(data),
+                    constraint="is not a mapping",
+                    place="Recipe",
+                    remedy=f"write its fields as keys: {', '.join(item.name for item in dataclasses.fields(cls))}",
+                )
+            )
+        return cast(Recipe, _build(cls, data, "Recipe"))
 
 
 def _label(recipe: Recipe) -> str:
@@ -147,7 +158,7 @@ def part_from_dict(value: Any, place: str) -> Any:
     if not isinstance(value, dict):
         return value
     name = value.get("part")
-    if name not in PARTS:
+    if not isinstance(name, str) or name not in PARTS:
         nearest = get_close_matches(str(name), PARTS, n=1)
         raise InputError(
             compose(
@@ -158,10 +169,74 @@ def part_from_dict(value: Any, place: str) -> Any:
                 remedy=f"did you mean {nearest[0]}?" if nearest else f"use one of {', '.join(sorted(PARTS))}",
             )
         )
-    part = PARTS[name]
     arguments = {key: item for key, item in value.items() if key != "part"}
-    _reject_unknown(arguments, {item.name: item for item in dataclasses.fields(part)}, f"{place} ({name})")
-    return part(**{key: part_from_dict(item, f"{place}.{key}") for key, item in arguments.items()})
+    return _build(PARTS[name], arguments, f"{place} ({name})")
+
+
+def _build(part: type, arguments: dict[str, Any], place: str) -> Any:
+    """Construct a part from plain data whose names and types are checked against its fields."""
+    fields = {item.name: item for item in dataclasses.fields(part)}
+    _reject_unknown(arguments, fields, place)
+    _reject_missing(arguments, fields, place)
+    hints = get_type_hints(part)
+    values = {key: part_from_dict(item, f"{place}.{key}") for key, item in arguments.items()}
+    for key, value in values.items():
+        if not _accepts(hints[key], value):
+            wanted = (
+                hints[key].__name__ if isinstance(hints[key], type) else str(hints[key]).replace("typing.", "")
+            )
+            raise InputError(
+                compose(
+                    subject=key,
+                    value=repr(value),
+                    constraint=f"is not of type {wanted}",
+                    place=place,
+                    remedy="correct its value in the recipe",
+                )
+            )
+    return part(**values)
+
+
+def _accepts(hint: Any, value: Any) -> bool:
+    """Tell whether a value has the type of a field; an integer also is a float, a bool is neither."""
+    options = get_args(hint)
+    if get_origin(hint) is Literal:
+        return value in options
+    if get_origin(hint) in (Union, UnionType):
+        return any(_accepts(option, value) for option in options)
+    if get_origin(hint) is tuple:
+        kinds = (
+            [options[0]] * len(value) if isinstance(value, tuple) and options[-1] is Ellipsis else list(options)
+        )
+        return (
+            isinstance(value, tuple)
+            and len(value) == len(kinds)
+            and all(_accepts(kind, item) for kind, item in zip(kinds, value, strict=True))
+        )
+    if isinstance(value, bool):
+        return hint is bool
+    return isinstance(value, (int, float) if hint is float else hint)
+
+
+def _reject_missing(given: dict[str, Any], fields: dict[str, Any], place: str) -> None:
+    required = [
+        name
+        for name, item in fields.items()
+        # A field that implements an abstract property inherits the property as if it were its default.
+        if isinstance(item.default, property)
+        or (item.default is dataclasses.MISSING and item.default_factory is dataclasses.MISSING)
+    ]
+    missing = [name for name in required if name not in given]
+    if missing:
+        raise InputError(
+            compose(
+                subject="key",
+                value=missing[0],
+                constraint="is missing",
+                place=place,
+                remedy=f"give a value for {' and '.join(missing)}",
+            )
+        )
 
 
 def _reject_unknown(given: dict[str, Any], known: dict[str, Any], place: str) -> None:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Algorithm 1 of arXiv:2210.17323 as plainly as possible: float64, one column at a time, one inverse per column."""
+"""Algorithm 1 of arXiv:2210.17323 as plainly as possible: float64, one column at a time, one inverse each."""
 
 from collections.abc import Callable, Sequence
 

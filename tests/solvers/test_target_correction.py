@@ -65,7 +65,7 @@ def test_nothing_to_correct(same: str, drift: tuple[Tensor, Tensor, Tensor]) -> 
 
 
 def test_refusals(drift: tuple[Tensor, Tensor, Tensor]) -> None:
-    weight, original, seen = drift
+    weight = drift[0]
     assert TargetCorrection().needs == {"hessian", "cross"}
     with pytest.raises(InputError, match=r"TargetCorrection: cross=missing is not the \[16, 16\]"):
         TargetCorrection().solve(weight, GRID, {"hessian": torch.eye(16)})
