@@ -16,17 +16,12 @@ from quattuor.errors import CheckpointError, compose
 from quattuor.nn.linear import QuantizedLinear
 from quattuor.recipe import Recipe
 
-__all__ = ["MANIFEST_NAME", "SIZE_FORMULA", "build_manifest", "model_card", "read_manifest", "write_json"]
+__all__ = ["MANIFEST_NAME", "SIZE_FORMULA", "build_manifest", "model_card", "read_manifest"]
 
 MANIFEST_NAME = "quattuor_manifest.json"
 SIZE_FORMULA = (
     "N * ceil(K * bits / 8) + sum over parameters of R * (G or 1) * bytes(dtype); a bias and the rest as is"
 )
-
-
-def write_json(file: Path, data: Mapping[str, Any]) -> None:
-    """Write plain data as readable JSON."""
-    file.write_text(json.dumps(data, indent=2) + "\n", encoding="utf-8")
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

@@ -5,8 +5,6 @@
 """
 
 import copy
-import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
@@ -17,19 +15,13 @@ from torch import Tensor
 from transformers import AutoConfig, PreTrainedModel
 
 from quattuor.activations.base import ActivationQuantizer
+from quattuor.checkpoints.atomic import DEFAULT_SHARD_BYTES, ShardedFolder
 from quattuor.checkpoints.base import CheckpointFormat, PackedModel, read_generation_config, read_tokenizer
 from quattuor.checkpoints.layouts import quantization_config, read_layouts, stored_names
-from quattuor.checkpoints.manifest import MANIFEST_NAME, build_manifest, model_card, write_json
+from quattuor.checkpoints.manifest import MANIFEST_NAME, build_manifest, model_card
 from quattuor.checkpoints.skeleton import expected_tensors, quantized_linears, quantized_skeleton
-from quattuor.checkpoints.tensors import (
-    INDEX_NAME,
-    SINGLE_NAME,
-    SafetensorsStore,
-    disk_full,
-    is_disk_full,
-    sha256,
-    write_safetensors,
-)
+from quattuor.checkpoints.tensors import SafetensorsStore
+from quattuor.checkpoints.writing import write_json
 from quattuor.errors import CheckpointError, InputError, compose
 from quattuor.nn.linear import LinearLayout
 from quattuor.quantized_tensor import QuantizedTensor
@@ -39,10 +31,7 @@ __all__ = ["CheckpointWriter", "NativeFormat", "read_native", "save_pretrained",
 
 
 class CheckpointWriter:
-    """Writes a checkpoint into a hidden folder beside the target and renames it into place when it is complete.
-
-    Use it as a context manager: leaving it by any exception, an interrupt included, removes the hidden folder, so
-    that no half checkpoint is left that loads.
+    """Writes a native checkpoint as its tensors come, without leaving a half one; see `ShardedFolder`.
 
     Args:
         folder: The checkpoint to create.
@@ -53,39 +42,11 @@ class CheckpointWriter:
         InputError: The folder exists and `overwrite` is False.
     """
 
-    def __init__(self, folder: str | Path, *, max_shard_bytes: int = 4 * 2**30, overwrite: bool = False) -> None:
+    def __init__(
+        self, folder: str | Path, *, max_shard_bytes: int = DEFAULT_SHARD_BYTES, overwrite: bool = False
+    ) -> None:
         """Create the hidden folder."""
-        self.folder = Path(folder).expanduser().absolute()
-        if max_shard_bytes < 1:
-            raise InputError(
-                compose(
-                    subject="max_shard_bytes",
-                    value=max_shard_bytes,
-                    constraint="is not a positive size",
-                    place="CheckpointWriter",
-                    remedy="use a few gigabytes, for example 4 * 2**30",
-                )
-            )
-        if self.folder.exists() and not overwrite:
-            raise InputError(
-                compose(
-                    subject="output folder",
-                    value=str(folder),
-                    constraint="exists already",
-                    place="CheckpointWriter",
-                    remedy="choose another folder, or pass overwrite=True to replace it",
-                )
-            )
-        self._max_shard_bytes = max_shard_bytes
-        self._pending: dict[str, Tensor] = {}
-        self._pending_bytes = 0
-        self._shards: list[list[str]] = []
-        self._entries: dict[str, dict[str, Any]] = {}
-        self._is_finished = False
-        self.folder.parent.mkdir(parents=True, exist_ok=True)
-        self._partial = self.folder.parent / f".{self.folder.name}.partial-{os.getpid()}"
-        shutil.rmtree(self._partial, ignore_errors=True)
-        self._partial.mkdir()
+        self._target = ShardedFolder(folder, max_shard_bytes=max_shard_bytes, overwrite=overwrite)
 
     def __enter__(self) -> "CheckpointWriter":
         """Return the writer."""
@@ -95,12 +56,11 @@ class CheckpointWriter:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Remove what is not finished."""
-        if not self._is_finished:
-            self.abort()
+        self.abort()
 
     def abort(self) -> None:
-        """Remove the hidden folder."""
-        shutil.rmtree(self._partial, ignore_errors=True)
+        """Remove the hidden folder, unless the checkpoint is finished."""
+        self._target.abort()
 
     def add(self, tensors: Mapping[str, Tensor]) -> None:
         """Append named tensors; full shards are written at once and leave memory.
@@ -109,28 +69,7 @@ class CheckpointWriter:
             InputError: A name was added before.
             CheckpointError: The disk is full; the hidden folder is removed.
         """
-        for name, tensor in tensors.items():
-            if name in self._entries:
-                raise InputError(
-                    compose(
-                        subject="tensor",
-                        value=name,
-                        constraint="was added before",
-                        place="CheckpointWriter.add",
-                        remedy="add every tensor once, tied ones under one name",
-                    )
-                )
-            stored = tensor.detach().cpu().contiguous()
-            if self._pending and self._pending_bytes + stored.nbytes > self._max_shard_bytes:
-                self._flush()
-            self._pending[name] = stored
-            self._pending_bytes += stored.nbytes
-            self._entries[name] = {
-                "sha256": sha256(stored),
-                "shape": list(stored.shape),
-                "dtype": str(stored.dtype).removeprefix("torch."),
-                "bytes": stored.nbytes,
-            }
+        self._target.add(tensors)
 
     def finish(
         self,
@@ -158,82 +97,46 @@ class CheckpointWriter:
         Raises:
             CheckpointError: A tensor of the model was not added, was added in another shape, or the disk is full.
         """
-        try:
-            self._flush()
+        target = self._target
+        with target.cleaning_up():
             config = self._final_config(config, recipe, layouts)
             model = quantized_skeleton(config, layouts)
             self._check_complete(model)
-            self._name_shards()
-            manifest = build_manifest(self._entries, quantized_linears(model), report)
-            self._write_texts(config, recipe, manifest)
+            target.write_index()
+            manifest = build_manifest(target.entries, quantized_linears(model), report)
+            config.save_pretrained(target.partial)
+            write_json(target.partial / MANIFEST_NAME, manifest)
+            card = model_card(target.folder.name, recipe, manifest)
+            (target.partial / "README.md").write_text(card, encoding="utf-8")
             for part in (tokenizer, generation_config):
                 if part is not None:
-                    part.save_pretrained(self._partial)
-            _sync_folder(self._partial)
-        except OSError as error:
-            self.abort()
-            if not is_disk_full(error):
-                raise
-            raise disk_full(self.folder, 2**20) from error
-        except BaseException:
-            self.abort()
-            raise
-        self._put_in_place()
-        self._is_finished = True
-        return self.folder
-
-    def _flush(self) -> None:
-        if not self._pending:
-            return
-        file = self._partial / f"shard-{len(self._shards):05d}.safetensors"
-        try:
-            write_safetensors(file, self._pending)
-        except BaseException:
-            self.abort()
-            raise
-        self._shards.append(list(self._pending))
-        self._pending, self._pending_bytes = {}, 0
-
-    def _name_shards(self) -> None:
-        count = len(self._shards)
-        weight_map: dict[str, str] = {}
-        for index, names in enumerate(self._shards):
-            final = SINGLE_NAME if count == 1 else f"model-{index + 1:05d}-of-{count:05d}.safetensors"
-            (self._partial / f"shard-{index:05d}.safetensors").rename(self._partial / final)
-            for name in names:
-                weight_map[name] = final
-                self._entries[name]["file"] = final
-        if count > 1:
-            index_data = {
-                "metadata": {"total_size": sum(entry["bytes"] for entry in self._entries.values())},
-                "weight_map": weight_map,
-            }
-            write_json(self._partial / INDEX_NAME, index_data)
+                    part.save_pretrained(target.partial)
+        return target.put_in_place()
 
     def _final_config(self, config: Any, recipe: Recipe, layouts: Mapping[str, LinearLayout]) -> Any:
         config = copy.deepcopy(config)
         packed = {full for name, layout in layouts.items() for full in stored_names(name, layout)}
         sizes: dict[str, int] = {}
-        for name, entry in self._entries.items():
+        for name, entry in self._target.entries.items():
             if name not in packed and entry["dtype"].startswith(("float", "bfloat")):
                 sizes[entry["dtype"]] = sizes.get(entry["dtype"], 0) + entry["bytes"]
         if sizes:
             config.dtype = getattr(torch, max(sizes, key=lambda dtype: sizes[dtype]))
-        if getattr(config, "tie_word_embeddings", False) and "lm_head.weight" in self._entries:
+        if getattr(config, "tie_word_embeddings", False) and "lm_head.weight" in self._target.entries:
             config.tie_word_embeddings = False
         config.quantization_config = quantization_config(layouts, recipe)
         return config
 
     def _check_complete(self, model: PreTrainedModel) -> None:
-        expected = expected_tensors(model)
-        for name in sorted(expected.keys() | self._entries.keys()):
+        entries, expected = self._target.entries, expected_tensors(model)
+        for name in sorted(expected.keys() | entries.keys()):
             problem = None
-            if name not in self._entries:
+            if name not in entries:
                 problem = ("missing", "was not added, but the model needs it")
             elif name not in expected:
-                problem = (str(tuple(self._entries[name]["shape"])), "is no tensor of this model")
-            elif self._entries[name]["shape"] != list(expected[name].shape):
-                found = tuple(self._entries[name]["shape"])
+                problem = (str(tuple(entries[name]["shape"])), "is no tensor of this model")
+            elif entries[name]["shape"] != list(expected[name].shape):
+                found = tuple(entries[name]["shape"])
                 problem = (str(found), f"is not the shape {tuple(expected[name].shape)} of this model")
             if problem is not None:
                 raise CheckpointError(
@@ -241,40 +144,10 @@ class CheckpointWriter:
                         subject=name,
                         value=problem[0],
                         constraint=problem[1],
-                        place=str(self.folder),
+                        place=str(self._target.folder),
                         remedy="add the state of every module of the quantized model, tied tensors once",
                     )
                 )
-
-    def _write_texts(self, config: Any, recipe: Recipe, manifest: Mapping[str, Any]) -> None:
-        config.save_pretrained(self._partial)
-        write_json(self._partial / MANIFEST_NAME, manifest)
-        card = model_card(self.folder.name, recipe, manifest)
-        (self._partial / "README.md").write_text(card, encoding="utf-8")
-
-    def _put_in_place(self) -> None:
-        replaced = self._partial.with_name(f".{self.folder.name}.replaced-{os.getpid()}")
-        had_folder = self.folder.exists()
-        if had_folder:
-            self.folder.rename(replaced)
-        self._partial.rename(self.folder)
-        _sync(self.folder.parent)
-        if had_folder:
-            shutil.rmtree(replaced)
-
-
-def _sync_folder(folder: Path) -> None:
-    for file in folder.rglob("*"):
-        _sync(file)
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 class NativeFormat(CheckpointFormat):
@@ -299,7 +172,7 @@ def write_native(
     *,
     recipe: Recipe,
     report: Mapping[str, Any] | None = None,
-    max_shard_bytes: int = 4 * 2**30,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
 ) -> Path:
     """Write a packed model as a native checkpoint; arguments as for `CheckpointWriter`."""
@@ -362,7 +235,7 @@ def save_pretrained(
     recipe: Recipe | None = None,
     report: Mapping[str, Any] | None = None,
     tokenizer: Any = None,
-    max_shard_bytes: int = 4 * 2**30,
+    max_shard_bytes: int = DEFAULT_SHARD_BYTES,
     overwrite: bool = False,
 ) -> Path:
     """Save a quantized model in memory, with manifest and model card, atomically.

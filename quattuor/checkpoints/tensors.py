@@ -1,21 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Named tensors on disk or in memory, read one at a time; and the one function that writes a safetensors file.
+"""Named tensors on disk or in memory, read one at a time."""
 
-A safetensors file is: 8 bytes, the length of the header as a little-endian integer; the header, JSON padded with
-spaces to a multiple of 8 bytes, which gives dtype, shape and byte range of every tensor; the bytes of the tensors.
-It is written here rather than by the library so that a full disk is an `OSError`, the bytes are hashed while they
-pass, and no second copy of a shard is held in memory.
-"""
-
-import errno
-import hashlib
 import json
-import os
-import shutil
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -24,22 +13,18 @@ from torch import Tensor
 from quattuor.errors import CheckpointError, compose
 
 __all__ = [
+    "DTYPE_NAMES",
     "INDEX_NAME",
     "SINGLE_NAME",
     "MemoryStore",
     "SafetensorsStore",
     "TensorStore",
-    "disk_full",
-    "is_disk_full",
-    "sha256",
-    "write_bytes",
-    "write_safetensors",
 ]
 
 SINGLE_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 
-_DTYPE_NAMES = {
+DTYPE_NAMES = {
     torch.float64: "F64",
     torch.float32: "F32",
     torch.float16: "F16",
@@ -51,7 +36,7 @@ _DTYPE_NAMES = {
     torch.uint8: "U8",
     torch.bool: "BOOL",
 }
-_DTYPES = {name: dtype for dtype, name in _DTYPE_NAMES.items()}
+_DTYPES = {name: dtype for dtype, name in DTYPE_NAMES.items()}
 
 
 class TensorStore(ABC):
@@ -150,9 +135,9 @@ class SafetensorsStore(TensorStore):
         return self._files[name]
 
     def read(self, name: str) -> Tensor:
-        """Return one tensor."""
+        """Return a copy of one tensor, so that it outlives the file."""
         with safe_open(self._files[name], framework="pt") as handle:
-            tensor: Tensor = handle.get_tensor(name)
+            tensor: Tensor = handle.get_tensor(name).clone()
         return tensor
 
     def _read_header(self, file: Path) -> None:
@@ -231,72 +216,5 @@ def _files_of(path: Path) -> list[Path]:
             constraint="contain no model.safetensors and no index of shards",
             place=str(path),
             remedy="save the model with save_pretrained, which writes safetensors",
-        )
-    )
-
-
-def sha256(tensor: Tensor) -> str:
-    """Return the SHA-256 of a tensor's bytes, in memory order."""
-    return hashlib.sha256(_bytes_of(tensor)).hexdigest()
-
-
-def _bytes_of(tensor: Tensor) -> memoryview:
-    flat = tensor.detach().cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
-
-
-def write_safetensors(file: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write and sync one file; tensors lie in the given order.
-
-    Raises:
-        CheckpointError: The disk is full; the message gives the bytes needed and free.
-    """
-    header: dict[str, object] = {"__metadata__": {"format": "pt"}}
-    offset = 0
-    for name, tensor in tensors.items():
-        end = offset + tensor.nbytes
-        header[name] = {
-            "dtype": _DTYPE_NAMES[tensor.dtype],
-            "shape": list(tensor.shape),
-            "data_offsets": [offset, end],
-        }
-        offset = end
-    encoded = json.dumps(header, separators=(",", ":")).encode()
-    encoded += b" " * (-len(encoded) % 8)
-    needed = 8 + len(encoded) + offset
-    try:
-        with file.open("wb") as stream:
-            write_bytes(stream, len(encoded).to_bytes(8, "little"))
-            write_bytes(stream, encoded)
-            for tensor in tensors.values():
-                write_bytes(stream, _bytes_of(tensor))
-            stream.flush()
-            os.fsync(stream.fileno())
-    except OSError as error:
-        if not is_disk_full(error):
-            raise
-        raise disk_full(file, needed) from error
-
-
-def write_bytes(stream: BinaryIO, data: bytes | memoryview) -> None:
-    """Write all bytes to an open file; the place where a full disk shows."""
-    stream.write(data)
-
-
-def is_disk_full(error: OSError) -> bool:
-    """Whether an error says that the disk, or the user's share of it, is full."""
-    return error.errno in (errno.ENOSPC, errno.EDQUOT)
-
-
-def disk_full(file: Path, needed_bytes: int) -> CheckpointError:
-    """Return the error for a disk without room for a file."""
-    free = shutil.disk_usage(file.parent).free
-    return CheckpointError(
-        compose(
-            subject="disk space",
-            value=f"{free} bytes free",
-            constraint=f"is less than the {needed_bytes} bytes of {file.name}",
-            place=str(file.parent),
-            remedy="free space or choose another output folder; nothing was left behind",
         )
     )

@@ -14,7 +14,8 @@ from quattuor.checkpoints.layouts import read_layouts
 from quattuor.checkpoints.manifest import read_manifest
 from quattuor.checkpoints.skeleton import expected_tensors, quantized_linears, quantized_skeleton
 from quattuor.checkpoints.source import ModelSource
-from quattuor.checkpoints.tensors import SafetensorsStore, sha256
+from quattuor.checkpoints.tensors import SafetensorsStore
+from quattuor.checkpoints.writing import sha256
 from quattuor.errors import CheckpointError, compose
 from quattuor.formats.two_level import TwoLevelInteger
 from quattuor.nn.linear import QuantizedLinear

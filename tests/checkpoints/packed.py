@@ -13,8 +13,14 @@ from quattuor.formats import Integer, TwoLevelInteger
 from quattuor.granularity import PerChannel, PerGroup, PerTensor
 from quattuor.nn.linear import QuantizedLinear
 from quattuor.recipe import Recipe
-from quattuor.scales import AbsMax, TwoLevel
+from quattuor.scales import AbsMax, ClipSearch, TwoLevel
 from quattuor.solvers import Nearest, WeightQuantizer
+
+
+def _two_level(integer: bool) -> TwoLevel:
+    """Return the fastest scale rule of the two-level grid: no search."""
+    return TwoLevel(inner=ClipSearch(num_steps=1, smallest=1.0), integer=integer, refine=False)
+
 
 LAYOUTS: Mapping[str, tuple[WeightQuantizer, ActivationQuantizer | None]] = {
     "int4 channel, int8 tokens": (
@@ -23,7 +29,7 @@ LAYOUTS: Mapping[str, tuple[WeightQuantizer, ActivationQuantizer | None]] = {
     ),
     "int4 group 32 two levels, int8 tokens": (
         WeightQuantizer(
-            number_format=TwoLevelInteger(4), granularity=PerGroup(32), scales=TwoLevel(), solver=Nearest()
+            number_format=TwoLevelInteger(4), granularity=PerGroup(32), scales=_two_level(True), solver=Nearest()
         ),
         DynamicQuantizer(),
     ),
@@ -31,7 +37,7 @@ LAYOUTS: Mapping[str, tuple[WeightQuantizer, ActivationQuantizer | None]] = {
         WeightQuantizer(
             number_format=TwoLevelInteger(4),
             granularity=PerGroup(64),
-            scales=TwoLevel(integer=False),
+            scales=_two_level(False),
             solver=Nearest(),
         ),
         DynamicQuantizer(),

@@ -2,6 +2,7 @@
 """After `import quattuor`, plain from_pretrained gives back the same bits, in any process and for any dtype."""
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -11,7 +12,7 @@ import pytest
 import torch
 from packed import DEFAULT, LAYOUTS, pack_
 from safetensors.torch import load_file, save_file
-from tiny_models import FAMILIES
+from tiny_models import FAMILIES, tiny_model
 from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
@@ -34,11 +35,18 @@ def assert_same_state(first: PreTrainedModel, second: PreTrainedModel) -> None:
         assert torch.equal(tensor, right[name]), name
 
 
+@pytest.fixture(scope="module")
+def saved_once(tmp_path_factory: pytest.TempPathFactory) -> tuple[PreTrainedModel, Path]:
+    """Return a packed Llama and where it is saved; tests do not change either."""
+    model = pack_(tiny_model("llama"))
+    return model, save_pretrained(model, tmp_path_factory.mktemp("saved") / "packed", max_shard_bytes=50_000)
+
+
 @pytest.fixture
-def saved(tiny: Tiny, tmp_path: Path) -> tuple[PreTrainedModel, Path]:
-    """Return a packed Llama and where it is saved."""
-    model = pack_(tiny("llama"))
-    return model, save_pretrained(model, tmp_path / "packed", max_shard_bytes=50_000)
+def saved(saved_once: tuple[PreTrainedModel, Path], tmp_path: Path) -> tuple[PreTrainedModel, Path]:
+    """Return the packed Llama and a copy of its folder that a test may change."""
+    model, folder = saved_once
+    return model, shutil.copytree(folder, tmp_path / "packed")
 
 
 def test_a_new_process_computes_the_same_logits(saved: tuple[PreTrainedModel, Path], tmp_path: Path) -> None:
