@@ -4,6 +4,7 @@
 import pytest
 import torch
 
+import quattuor.scales.base
 from quattuor.errors import InputError, UnsupportedError
 from quattuor.formats import Integer, TwoLevelInteger
 from quattuor.granularity import Granularity, PerChannel, PerGroup, PerTensor
@@ -59,3 +60,19 @@ def test_round_scale_refuses_overflow() -> None:
     assert round_scale(torch.tensor([65504.0]), "float16").item() == 65504
     with pytest.raises(UnsupportedError, match=r"scale=70000.0 is beyond the range of float16"):
         round_scale(torch.tensor([1.0, -70000.0]), "float16")
+
+
+@pytest.mark.parametrize("granularity", [PerTensor(), PerChannel(), PerGroup(4)], ids=str)
+def test_rows_fitted_in_pieces_are_the_same(
+    granularity: Granularity, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = torch.randn(7, 8, generator=generator)
+    importance = torch.rand(8, generator=generator)
+    grid = Grid(
+        number_format=Integer(3, symmetric=False), granularity=granularity, scales=ClipSearch(num_steps=20)
+    )
+    whole = grid.fit(weight, importance)
+    for elements in (1, 16, 24):
+        monkeypatch.setattr(quattuor.scales.base, "CACHED_ELEMENTS", elements)
+        pieces = grid.fit(weight, importance)
+        assert all(torch.equal(pieces[name], whole[name]) for name in whole)
