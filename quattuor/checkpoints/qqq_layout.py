@@ -156,7 +156,10 @@ def unpack_group(state: Mapping[str, Tensor], name: str = "weight") -> Quantized
     _check_shapes(out_features, in_features, is_group=True, name=name)
     channel = _require(state, "s_channel", torch.float32, name, (1, out_features))
     group = _require(state, "s_group", torch.float16, name, (in_features // GROUP_SIZE, out_features))
-    codes_NK, group_NG = _unpack_nibbles(words, is_group=True), unpermute_64(group).T.contiguous()
+    codes_NK, group_NG = (
+        _unpack_nibbles(words, is_group=True),
+        unpermute_64(group).T.clone(memory_format=torch.contiguous_format),
+    )
     product = wraps(codes_NK, group_NG)
     if product is not None:
         raise _damaged(f"{name}.s_group", product, "is a product code * s_group that wraps in the kernel")

@@ -42,6 +42,15 @@ LAYOUTS: Mapping[str, tuple[WeightQuantizer, ActivationQuantizer | None]] = {
         ),
         DynamicQuantizer(),
     ),
+    "int4 group 128 two levels float16, int8 tokens": (
+        WeightQuantizer(
+            number_format=TwoLevelInteger(4),
+            granularity=PerGroup(128),
+            scales=_two_level(False),
+            solver=Nearest(),
+        ),
+        DynamicQuantizer(),
+    ),
     "uint3 group 32": (
         WeightQuantizer(
             number_format=Integer(3, symmetric=False), granularity=PerGroup(32), scales=AbsMax(), solver=Nearest()
@@ -58,6 +67,9 @@ LAYOUTS: Mapping[str, tuple[WeightQuantizer, ActivationQuantizer | None]] = {
     ),
 }
 """One row per layout; the battery in `tests/contracts/test_checkpoints.py` runs over it."""
+
+SMALL = tuple(name for name in LAYOUTS if "group 128" not in name)
+"""The layouts that fit linears of 64 input features."""
 
 DEFAULT = "int4 group 32 two levels, int8 tokens"
 

@@ -9,7 +9,7 @@ from typing import Any, BinaryIO
 
 import pytest
 import torch
-from packed import DEFAULT, LAYOUTS, pack_, recipe_of
+from packed import DEFAULT, SMALL, pack_, recipe_of
 from safetensors.torch import load_file
 from tiny_models import tiny_tokenizer
 from torch import Tensor
@@ -53,7 +53,7 @@ def write_all(folder: Path, tensors: dict[str, Tensor], model: PreTrainedModel, 
         writer.finish(model.config, recipe_of(DEFAULT), layouts)
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", SMALL)
 def test_the_size_on_disk_is_what_the_formula_says(layout: str, tiny: Tiny, tmp_path: Path) -> None:
     model = pack_(tiny("qwen2"), layout)
     folder = save_pretrained(model, tmp_path / "packed")
@@ -87,7 +87,7 @@ def _layouts_of(layout: str) -> Any:
     return next(iter(quantized_linears(pack_(tiny_model("llama"), layout)).values())).layout
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", SMALL)
 def test_layouts_survive_plain_data(layout: str) -> None:
     original = _layouts_of(layout)
     assert layout_from_dict(json.loads(json.dumps(layout_to_dict(original))), "test") == original

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from packed import DEFAULT, LAYOUTS, pack_, recipe_of
+from packed import DEFAULT, SMALL, pack_, recipe_of
 from safetensors.torch import load_file
 from tiny_models import tiny_model
 from torch import Tensor
@@ -59,7 +59,7 @@ def folder(tiny: Tiny, tmp_path: Path) -> Path:
     return save_pretrained(pack_(tiny("llama")), tmp_path / "packed")
 
 
-@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("layout", SMALL)
 def test_what_was_written_passes_with_and_without_the_original(layout: str, tiny: Tiny, tmp_path: Path) -> None:
     original = tiny("llama")
     folder = save_pretrained(pack_(tiny("llama"), layout), tmp_path / "packed")
