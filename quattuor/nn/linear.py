@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The module that replaces a linear: packed weight, activation quantizer, kernel plan."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast
 
@@ -153,6 +154,16 @@ class QuantizedLinear(nn.Module):
         else:
             y = plan.linear(rows, operand, bias, x.dtype)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
+        """Move and cast like any module, but never cast the packed weight: a rounded scale is another weight."""
+        stored = {key: self.get_buffer(key) for key in ("packed", *(item.name for item in self.layout.parameters))}
+        super()._apply(fn, recurse)
+        for key, before in stored.items():
+            after = self.get_buffer(key)
+            if after.dtype != before.dtype:
+                self._buffers[key] = before.to(after.device)
+        return self
 
     def explain(self) -> list[Row]:
         """Return which kernel computes which token counts on this module's device, and why not the others."""
