@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Quattuor: quantize large language models for real. Importing it lets transformers load what it saved."""
 
-from quattuor.checkpoints import inspect, save_pretrained, verify
+from quattuor import systems
+from quattuor.checkpoints import ModelSource, inspect, save_pretrained, verify
 from quattuor.errors import CalibrationError, CheckpointError, InputError, QuattuorError, UnsupportedError
+from quattuor.quantize import quantize
 from quattuor.quantized_tensor import QuantizedTensor
 from quattuor.recipe import Recipe
 from quattuor.rules import Rule
@@ -12,13 +14,16 @@ __all__ = [
     "CalibrationError",
     "CheckpointError",
     "InputError",
+    "ModelSource",
     "QuantizedTensor",
     "QuattuorError",
     "Recipe",
     "Rule",
     "UnsupportedError",
     "inspect",
+    "quantize",
     "save_pretrained",
+    "systems",
     "verify",
 ]
 

@@ -6,6 +6,7 @@ from quattuor.checkpoints.layouts import expected_bytes, read_layouts
 from quattuor.checkpoints.native import CheckpointWriter, NativeFormat, read_native, save_pretrained, write_native
 from quattuor.checkpoints.qqq import QQQFormat, read_qqq, write_qqq
 from quattuor.checkpoints.source import ModelSource
+from quattuor.checkpoints.streaming import StreamingStore
 from quattuor.checkpoints.verification import LayerRow, VerifiedRow, inspect, verify
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "NativeFormat",
     "PackedModel",
     "QQQFormat",
+    "StreamingStore",
     "VerifiedRow",
     "expected_bytes",
     "inspect",

@@ -12,9 +12,16 @@ import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
-from quattuor.checkpoints.base import read_tokenizer
+from quattuor.checkpoints.base import read_generation_config, read_tokenizer
 from quattuor.checkpoints.skeleton import empty_model, tied_names
 from quattuor.checkpoints.tensors import MemoryStore, SafetensorsStore, TensorStore
 from quattuor.errors import CheckpointError, InputError, UnsupportedError, compose
@@ -55,12 +62,14 @@ class ModelSource:
         self._store: TensorStore | None = None
         self._skeleton: PreTrainedModel | None = None
         self._tokenizer = tokenizer
+        self._generation_config: GenerationConfig | None = None
         self._gguf: Path | None = None
         self.path: Path | None = None
         if isinstance(model, PreTrainedModel):
             self.config = model.config
             self.model_name = str(model.config.name_or_path or type(model).__name__)
             _reject_quantized(self.config, self.model_name)
+            self._generation_config = model.generation_config
             self._store = MemoryStore(model.state_dict())
         else:
             self.path = resolve(model)
@@ -91,6 +100,13 @@ class ModelSource:
                 folder = self.path if self.path.is_dir() else self.path.parent
                 self._tokenizer = read_tokenizer(folder)
         return self._tokenizer
+
+    @property
+    def generation_config(self) -> GenerationConfig | None:
+        """The generation configuration beside the weights, or None when there is none."""
+        if self._generation_config is None and self.path is not None and self._gguf is None:
+            self._generation_config = read_generation_config(self.path if self.path.is_dir() else self.path.parent)
+        return self._generation_config
 
     def skeleton(self) -> PreTrainedModel:
         """Build the model with parameters on the meta device and real buffers.
