@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public wrapper: checks the input and calls the registered operator."""
 
+import functools
+import importlib.util
+
 import torch
 from torch import Tensor
 
@@ -12,9 +15,19 @@ __all__ = ["token_quantize"]
 PLACE = "token_quantize"
 
 
+@functools.cache
+def runs_on_triton(device: torch.device) -> bool:
+    """Return whether a device runs the Triton kernel: CUDA with triton installed. Both give the same bits."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
+
+
 @torch.library.custom_op("quattuor::token_quantize", mutates_args=())
 def quantize_op(x: Tensor) -> tuple[Tensor, Tensor]:
     """Quantize tokens [M, K]; `token_quantize` checks the argument."""
+    if runs_on_triton(x.device):
+        from quattuor.kernels.token_quantize import triton_kernel
+
+        return triton_kernel.quantize_tokens(x)
     return quantize_tokens(x)
 
 

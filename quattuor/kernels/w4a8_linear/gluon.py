@@ -17,10 +17,15 @@ __all__ = ["Gluon", "choose_hopper_tile"]
 STAGES = {8: 10, 16: 9, 32: 8, 64: 6, 128: 4}
 
 
-def choose_hopper_tile(num_tokens: int, mode: str) -> HopperTile:
+#: Waves of whole tiles from which 256 rows pay: with fewer, the tiles cut along K at the end weigh more.
+WIDE_WAVES = 16
+
+
+def choose_hopper_tile(num_tokens: int, out_features: int, mode: str, programs: int) -> HopperTile:
     """Return the tile for a token count: the least power of two that holds it, up to 128 tokens by 256 rows."""
     tokens = min(128, max(8, 1 << (num_tokens - 1).bit_length()))
-    if num_tokens <= 128:
+    wide_tiles = -(-out_features // 256) * -(-num_tokens // 128)
+    if wide_tiles < WIDE_WAVES * programs:
         return HopperTile(consumers=2, blocks=1, tokens=tokens, stages=STAGES[tokens])
     return HopperTile(consumers=2, blocks=2, tokens=128, stages=2 if mode == "half" else 3)
 
@@ -72,6 +77,7 @@ class Gluon(Implementation):
         if x_codes.stride(1) != 1 or x_codes.stride(0) % 16 or x_codes.data_ptr() % 16:
             x_codes = x_codes.clone(memory_format=torch.contiguous_format)
         mode = mode_of(problem)
+        programs = processors(x_codes.device)[0]
         launch(
             x_codes,
             x_scale.contiguous(),
@@ -84,7 +90,7 @@ class Gluon(Implementation):
             mode=mode,
             group_size=problem.group_size,
             num_blocks=-(-problem.in_features // BLOCK_K),
-            tile=choose_hopper_tile(num_tokens, mode),
-            programs=processors(x_codes.device)[0],
+            tile=choose_hopper_tile(num_tokens, problem.out_features, mode, programs),
+            programs=programs,
         )
         return out

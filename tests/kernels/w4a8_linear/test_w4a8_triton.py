@@ -15,7 +15,13 @@ pytest.importorskip("triton")
 from ahead_of_time import compile_kernel
 
 from quattuor.kernels import w4a8_linear
-from quattuor.kernels.w4a8_linear.planes import BLOCK_K, PLANE_K, ROW_TILE, pack_planes, unpack_planes
+from quattuor.kernels.w4a8_linear.planes import (
+    BLOCK_K,
+    PLANE_K,
+    ROW_TILE,
+    pack_planes,
+    unpack_planes,
+)
 from quattuor.kernels.w4a8_linear.triton import choose_tile
 from quattuor.kernels.w4a8_linear.triton_kernel import MODES, w4a8_kernel
 
@@ -28,12 +34,20 @@ def test_interpreted_kernel_equals_the_reference():
     env = os.environ | {"PYTHONPATH": str(Path(w4a8_linear.__file__).parents[3])}
     result = subprocess.run([sys.executable, program], capture_output=True, text=True, check=False, env=env)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("equal") == 18
+    assert result.stdout.count("equal") == 9
 
 
-@pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("mode", list(MODES))
-@pytest.mark.parametrize("num_tokens", [16, 4096])
+@pytest.mark.parametrize(
+    ("capability", "num_tokens"),
+    [
+        (80, 4096),
+        (90, 16),
+        pytest.param(80, 16, marks=pytest.mark.slow),
+        pytest.param(90, 64, marks=pytest.mark.slow),
+        pytest.param(90, 4096, marks=pytest.mark.slow),
+    ],
+)
 def test_machine_code(capability, mode, num_tokens):
     tile = choose_tile(num_tokens, 4096, 16, 132, capability == 90)
     signature = {
