@@ -163,6 +163,7 @@ class QuantizedLinear(nn.Module):
             after = self.get_buffer(key)
             if after.dtype != before.dtype:
                 self._buffers[key] = before.to(after.device)
+        self._plan, self._operand, self._prepared_for = None, None, None
         return self
 
     def explain(self) -> list[Row]:
