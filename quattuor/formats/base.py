@@ -4,7 +4,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 
-from jaxtyping import Float, Int8, UInt8
+from jaxtyping import Float, Int8, Int64, UInt8
 from torch import Tensor
 
 from quattuor.errors import InputError, compose
@@ -57,6 +57,24 @@ class Parameters(Mapping[str, Tensor]):
         return Parameters(
             **{
                 name: tensor if tensor.shape[1] == 1 else tensor[:, index : index + 1]
+                for name, tensor in self._tensors.items()
+            }
+        )
+
+    def columns(self, groups: Int64[Tensor, " K"]) -> "Parameters":
+        """Return the parameters `[R, K, ...]` of columns that belong to the given groups; shared ones stay."""
+        return Parameters(
+            **{
+                name: tensor if tensor.shape[1] == 1 else tensor[:, groups]
+                for name, tensor in self._tensors.items()
+            }
+        )
+
+    def slice(self, start: int, stop: int) -> "Parameters":
+        """Return the parameters of groups `start` to `stop`; shared ones stay."""
+        return Parameters(
+            **{
+                name: tensor if tensor.shape[1] == 1 else tensor[:, start:stop]
                 for name, tensor in self._tensors.items()
             }
         )

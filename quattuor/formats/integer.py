@@ -91,3 +91,12 @@ class Integer(Format):
         if not self.symmetric:
             steps = steps - parameters["zero_point"].to(scale.dtype).unsqueeze(-1)
         return steps * scale.unsqueeze(-1)
+
+    def fake_quantize(self, values: Float[Tensor, "*lead S"], parameters: Parameters) -> Float[Tensor, "*lead S"]:
+        """decode(encode(values)) without leaving floating point: the same numbers, an order of magnitude faster."""
+        if not self.symmetric:
+            return self.decode(self.encode(values, parameters), parameters).to(values.dtype)
+        lowest, highest = self.code_range
+        scale = parameters["scale"].unsqueeze(-1)
+        steps = values.to(torch.promote_types(values.dtype, torch.float32)) / scale
+        return steps.round_().clamp_(lowest, highest).mul_(scale).to(values.dtype)

@@ -16,6 +16,7 @@ from quattuor.granularity import Granularity
 __all__ = ["Grid", "ScaleDtype", "ScaleRule", "round_scale"]
 
 ScaleDtype = Literal["float32", "float16"]
+CACHED_ELEMENTS = 2**16
 SMALLEST_SCALE = {"float32": 1e-30, "float16": 2.0**-24}
 
 
@@ -72,11 +73,15 @@ class Grid:
                 )
             )
         values = self.granularity.split(weight)
-        if importance is None:
-            return self.scales.fit(values, self.number_format)
-        rows = weight.shape[0] if values.shape[0] != weight.shape[0] else 1
-        grouped = self.granularity.split(importance.to(weight.dtype).expand(rows, -1))
-        return self.scales.fit(values, self.number_format, grouped)
+        grouped = None
+        if importance is not None:
+            rows = weight.shape[0] if values.shape[0] != weight.shape[0] else 1
+            grouped = self.granularity.split(importance.to(weight.dtype).expand(rows, -1))
+        # Rows are independent, and a search passes over its values many times: on a CPU a few rows at a time
+        # stay in the cache.
+        num_rows = len(values) if weight.is_cuda else max(1, CACHED_ELEMENTS * len(values) // weight.numel())
+        parts = [self.scales.fit(chunk, self.number_format, grouped) for chunk in values.split(num_rows)]
+        return Parameters(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
 
 def round_scale(scale: Float[Tensor, "..."], scale_dtype: ScaleDtype) -> Float[Tensor, "..."]:

@@ -145,5 +145,8 @@ class TwoLevel(ScaleRule):
         channel_scale: Float[Tensor, "R 1"],
     ) -> Float[Tensor, "R G"]:
         """Return the error of each group on the final grid."""
+        if self.integer:  # whole int8 steps make it a uniform grid, which is faster to compute
+            uniform = Parameters(scale=group_scale.to(values.dtype) * channel_scale)
+            return self.inner.error(values, Integer(number_format.bits), uniform, importance)
         parameters = Parameters(group_scale=group_scale, channel_scale=channel_scale)
         return self.inner.error(values, number_format, parameters, importance)

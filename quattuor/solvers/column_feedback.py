@@ -15,10 +15,11 @@ from jaxtyping import Bool, Float, Int64, Integer
 from torch import Tensor
 
 from quattuor.errors import CalibrationError, InputError, compose
-from quattuor.formats.base import Parameters
+from quattuor.formats.base import Format, Parameters
 from quattuor.quantized_tensor import QuantizedTensor
 from quattuor.scales.base import Grid
 from quattuor.solvers.base import Solution, Solver, hessian_error, require_statistic
+from quattuor.solvers.captured import run_captured
 
 __all__ = ["GPTQ"]
 
@@ -143,27 +144,49 @@ class GPTQ(Solver):
         order: Int64[Tensor, " K"],
     ) -> Integer[Tensor, "N K"]:
         """Run the loop on the permuted weight; return codes in the original order."""
-        number_format = grid.number_format
         num_columns = weight.shape[1]
         group_size = num_columns // grid.granularity.num_groups(num_columns)
-        group_of_column = (order // group_size).tolist()
-        groups = [parameters.group(index) for index in range(num_columns // group_size)]
-        weight_NK = weight.clone()
-        columns: list[Tensor] = []
+        columns = parameters.columns(order // group_size)
+        weight_NK, codes = weight.clone(), []
         for start in range(0, num_columns, self.column_block):
             stop = min(start + self.column_block, num_columns)
-            block_NB = weight_NK[:, start:stop]
-            factor_BB = factor[start:stop, start:stop]
-            error_NB = torch.empty_like(block_NB)
-            for k in range(stop - start):
-                column_N11 = block_NB[:, k, None, None]
-                group = groups[group_of_column[start + k]]
-                codes_N11 = number_format.encode(column_N11, group)
-                residual_N = (column_N11 - number_format.decode(codes_N11, group)).view(-1)
-                error_NB[:, k] = residual_N / factor_BB[k, k]
-                block_NB[:, k + 1 :].addr_(error_NB[:, k], factor_BB[k, k + 1 :], alpha=-1)
-                columns.append(codes_N11.view(-1))
+            block = columns.slice(start, stop)
+            codes_NB, error_NB = run_captured(
+                round_columns,
+                (grid.number_format, tuple(block)),
+                weight_NK[:, start:stop],
+                factor[start:stop, start:stop],
+                *block.values(),
+            )
             weight_NK[:, stop:].addmm_(error_NB, factor[start:stop, stop:], alpha=-1)
-        codes_NK = torch.empty(weight.shape, dtype=columns[0].dtype, device=weight.device)
-        codes_NK[:, order] = torch.stack(columns, dim=1)
+            codes.append(codes_NB)
+        codes_NK = torch.empty(weight.shape, dtype=codes[0].dtype, device=weight.device)
+        codes_NK[:, order] = torch.cat(codes, dim=1)
         return codes_NK
+
+
+def round_columns(
+    number_format: Format, names: tuple[str, ...], weight: Tensor, factor: Tensor, *parameters: Tensor
+) -> tuple[Tensor, ...]:
+    """Round the columns of a block in turn, each with the errors of those before it taken back.
+
+    Args:
+        number_format: Encodes and decodes a column.
+        names: Names of `parameters`, each [R, B] or [R, 1].
+        weight: The block, [N, B].
+        factor: Its part of U, [B, B].
+        parameters: What the format reads, column by column.
+
+    Returns:
+        Codes and errors e = (w - q) / U_kk, each [N, B].
+    """
+    columns = Parameters(**dict(zip(names, parameters, strict=True)))
+    weight_NB, codes, errors = weight.clone(), [], []
+    for k in range(weight.shape[1]):
+        column_N11, group = weight_NB[:, k, None, None], columns.group(k)
+        codes_N11 = number_format.encode(column_N11, group)
+        error_N = (column_N11 - number_format.decode(codes_N11, group)).view(-1) / factor[k, k]
+        weight_NB[:, k + 1 :].addr_(error_N, factor[k, k + 1 :], alpha=-1)
+        codes.append(codes_N11.view(-1))
+        errors.append(error_N)
+    return torch.stack(codes, dim=1), torch.stack(errors, dim=1)

@@ -14,13 +14,16 @@ from jaxtyping import Float
 from torch import Tensor
 
 from quattuor.errors import InputError, compose
-from quattuor.formats.base import Parameters
+from quattuor.formats.base import Format, Parameters
 from quattuor.quantized_tensor import QuantizedTensor
 from quattuor.scales.base import Grid
 from quattuor.solvers.base import Solution, Solver, hessian_error, require_statistic
+from quattuor.solvers.captured import run_captured
 from quattuor.solvers.column_feedback import GPTQ
 
 __all__ = ["CoordinateDescent"]
+
+COLUMN_BLOCK = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -105,16 +108,59 @@ class CoordinateDescent(Solver):
         """Run one pass over the columns, those of largest diagonal first."""
         num_columns, number_format = weight.shape[1], tensor.number_format
         group_size = num_columns // tensor.granularity.num_groups(num_columns)
-        groups = [tensor.parameters.group(index) for index in range(num_columns // group_size)]
-        codes_NK, decoded_NK = tensor.codes, tensor.decode().to(weight.dtype)
-        gradient_NK = (weight - decoded_NK) @ hessian
-        diagonal_K = hessian.diagonal()
-        for k in torch.argsort(diagonal_K, descending=True, stable=True).tolist():
-            target_N = decoded_NK[:, k] + gradient_NK[:, k] / diagonal_K[k]
-            group = groups[k // group_size]
-            codes_N11 = number_format.encode(target_N[:, None, None], group)
-            value_N = number_format.decode(codes_N11, group).view(-1).to(weight.dtype)
-            gradient_NK.addr_(value_N - decoded_NK[:, k], hessian[k], alpha=-1)
-            decoded_NK[:, k] = value_N
-            codes_NK[:, k] = codes_N11.view(-1)
+        order_K = torch.argsort(hessian.diagonal(), descending=True, stable=True)
+        columns = tensor.parameters.columns(order_K // group_size)
+        hessian_KK = hessian[order_K][:, order_K]
+        decoded_NK = tensor.decode().to(weight.dtype)[:, order_K]
+        gradient_NK = (weight[:, order_K] - decoded_NK) @ hessian_KK
+        codes = []
+        for start in range(0, num_columns, COLUMN_BLOCK):
+            stop = min(start + COLUMN_BLOCK, num_columns)
+            block = columns.slice(start, stop)
+            codes_NB, change_NB = run_captured(
+                improve_columns,
+                (number_format, tuple(block)),
+                decoded_NK[:, start:stop],
+                gradient_NK[:, start:stop],
+                hessian_KK[start:stop, start:stop],
+                *block.values(),
+            )
+            gradient_NK[:, stop:].addmm_(change_NB, hessian_KK[start:stop, stop:], alpha=-1)
+            codes.append(codes_NB)
+        codes_NK = torch.empty(weight.shape, dtype=codes[0].dtype, device=weight.device)
+        codes_NK[:, order_K] = torch.cat(codes, dim=1)
         return QuantizedTensor.from_codes(codes_NK, tensor.parameters, number_format, tensor.granularity)
+
+
+def improve_columns(
+    number_format: Format,
+    names: tuple[str, ...],
+    decoded: Tensor,
+    gradient: Tensor,
+    hessian: Tensor,
+    *parameters: Tensor,
+) -> tuple[Tensor, ...]:
+    """Move the columns of a block in turn to the best numbers of their grid.
+
+    Args:
+        number_format: Encodes and decodes a column.
+        names: Names of `parameters`, each [R, B] or [R, 1].
+        decoded: The block as it stands, [N, B].
+        gradient: Its part of (W - Q) H, [N, B].
+        hessian: Its part of H, [B, B].
+        parameters: What the format reads, column by column.
+
+    Returns:
+        New codes, and new minus old values, each [N, B].
+    """
+    columns = Parameters(**dict(zip(names, parameters, strict=True)))
+    gradient_NB, codes, changes = gradient.clone(), [], []
+    for k in range(decoded.shape[1]):
+        group = columns.group(k)
+        target_N = decoded[:, k] + gradient_NB[:, k] / hessian[k, k]
+        codes_N11 = number_format.encode(target_N[:, None, None], group)
+        change_N = number_format.decode(codes_N11, group).view(-1).to(decoded.dtype) - decoded[:, k]
+        gradient_NB[:, k + 1 :].addr_(change_N, hessian[k, k + 1 :], alpha=-1)
+        codes.append(codes_N11.view(-1))
+        changes.append(change_N)
+    return torch.stack(codes, dim=1), torch.stack(changes, dim=1)
