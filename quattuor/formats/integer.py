@@ -93,7 +93,7 @@ class Integer(Format):
         return steps * scale.unsqueeze(-1)
 
     def fake_quantize(self, values: Float[Tensor, "*lead S"], parameters: Parameters) -> Float[Tensor, "*lead S"]:
-        """decode(encode(values)) without leaving floating point: the same numbers, an order of magnitude faster."""
+        """decode(encode(values)) in floating point throughout: the same numbers, ten times faster."""
         if not self.symmetric:
             return self.decode(self.encode(values, parameters), parameters).to(values.dtype)
         lowest, highest = self.code_range
