@@ -2,15 +2,12 @@
 """A model to read from: a folder, a file, a hub id or a model in memory, one module at a time."""
 
 import os
-import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
-from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError, RepositoryNotFoundError
 from torch import Tensor, nn
 from transformers import (
     AutoConfig,
@@ -22,14 +19,12 @@ from transformers import (
 )
 
 from quattuor.checkpoints.base import read_generation_config, read_tokenizer
+from quattuor.checkpoints.locating import resolve
 from quattuor.checkpoints.skeleton import empty_model, tied_names
 from quattuor.checkpoints.tensors import MemoryStore, SafetensorsStore, TensorStore
 from quattuor.errors import CheckpointError, InputError, UnsupportedError, compose
 
 __all__ = ["ModelSource", "resolve"]
-
-_HUB_ID = re.compile(r"[\w][\w.-]*(/[\w][\w.-]*)?")
-_HUB_FILES = ("*.safetensors", "*.json", "tokenizer*", "*.model", "*.txt", "*.jinja")
 
 
 class ModelSource:
@@ -271,33 +266,6 @@ class ModelSource:
                 if candidate in names:
                     return candidate
         return None
-
-
-def resolve(model: str | os.PathLike[str]) -> Path:
-    """Return the local path of a model, downloading a hub id's safetensors when needed.
-
-    Raises:
-        InputError: No such path, and no hub id that can be reached.
-    """
-    path = Path(model).expanduser()
-    if path.exists():
-        return path
-    reason = "is not an existing path"
-    if isinstance(model, str) and _HUB_ID.fullmatch(model) and path.suffix not in (".gguf", ".safetensors"):
-        try:
-            return Path(snapshot_download(model, allow_patterns=list(_HUB_FILES)))
-        except (LocalEntryNotFoundError, RepositoryNotFoundError, HFValidationError) as error:
-            summary = str(error).strip().splitlines()[0]
-            reason = f"is neither an existing path nor a model that the hub gives: {summary}"
-    raise InputError(
-        compose(
-            subject="model",
-            value=str(model),
-            constraint=reason,
-            place="ModelSource",
-            remedy="pass a folder with safetensors, a .gguf file, or the id of a public model while online",
-        )
-    )
 
 
 def _slots(module: nn.Module, prefix: str) -> Iterator[tuple[nn.Module, str, str]]:

@@ -89,7 +89,7 @@ def verify(folder: str | Path, against: ModelSource | None = None) -> list[Verif
     """Check every tensor of a native checkpoint.
 
     Always: presence, shape, dtype and SHA-256 against the manifest and the model; codes within the format's range;
-    scales finite and not zero; on the two-level grid |code * group_scale| within int8, where a kernel would wrap.
+    scales finite and not zero; on the two-level grid code * group_scale within int8, beyond which kernels wrap.
 
     With `against`, the original model. A recipe without transforms leaves the dense tensors as they were, and
     every weight rounded to nearest must be as close as its grid allows: |W - decode| <= |W - fake_quantize(W)|.
@@ -188,8 +188,10 @@ def _check_linear(
             _require(bool((value != 0).all()), f"{name}.{leaf}", 0, "is a scale of zero", folder)
     if isinstance(layout.number_format, TwoLevelInteger):
         steps = tensor.granularity.split(codes).float() * tensor.parameters["group_scale"].float().unsqueeze(-1)
-        largest = float(steps.abs().max())
-        _require(largest <= 127, f"{name}.group_scale", largest, "times a code exceeds 127 and would wrap", folder)
+        lowest_step, highest_step = float(steps.min()), float(steps.max())
+        worst = highest_step if highest_step >= 127.5 else lowest_step
+        fits = highest_step < 127.5 and lowest_step >= -128
+        _require(fits, f"{name}.group_scale", worst, "times its code leaves int8 and would wrap", folder)
         checks.append("int8 range")
     note = ""
     if against is not None:

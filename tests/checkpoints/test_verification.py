@@ -93,7 +93,7 @@ def test_a_changed_byte_is_found(
         ("channel_scale", put(0), r"is a scale of zero"),
         ("channel_scale", lambda t: t.half(), r"is not the torch.float32 \(192, 1\) of config.json"),
         ("channel_scale", lambda t: t[:5], r"is not the torch.float32 \(192, 1\) of config.json"),
-        ("group_scale", put(100), r"times a code exceeds 127 and would wrap"),
+        ("group_scale", put(100), r"times its code leaves int8 and would wrap"),
         ("group_scale", put(0), r"is a scale of zero"),
     ],
 )
