@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public wrapper: checks every input, chooses the implementation, calls the registered operator."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -19,16 +20,38 @@ from quattuor.kernels.dispatch import (
 )
 from quattuor.kernels.w4a16_linear.float32 import Float32
 from quattuor.kernels.w4a16_linear.reference import Reference
+from quattuor.kernels.w4a16_linear.triton import Triton
 
 __all__ = ["IMPLEMENTATIONS", "Plan", "plan"]
 
 PLACE = "w4a16_linear"
 
 #: Fastest first; the reference supports every legal problem.
-IMPLEMENTATIONS: tuple[Implementation, ...] = (Float32(), Reference())
+IMPLEMENTATIONS: tuple[Implementation, ...] = (Triton(), Float32(), Reference())
 BY_NAME = {implementation.name: implementation for implementation in IMPLEMENTATIONS}
 
 ZERO_POINT_DTYPES = (torch.int8, torch.uint8, torch.int32, torch.float16, torch.float32)
+
+
+@functools.cache
+def known_problem(
+    out_features: int,
+    in_features: int,
+    weight_bits: int,
+    group_size: int,
+    zero_point: bool,
+    device_type: str,
+) -> LinearProblem:
+    """Return the problem of a layer that the operator computes; cached, since a call has no time to check it."""
+    return LinearProblem(
+        out_features=out_features,
+        in_features=in_features,
+        weight_bits=weight_bits,
+        group_size=group_size or None,
+        zero_point=zero_point,
+        activation_bits=16,
+        device_type=device_type,
+    )
 
 
 @torch.library.custom_op("quattuor::w4a16_linear", mutates_args=())
@@ -48,15 +71,8 @@ def w4a16_linear(
     `names` holds the comma-separated names of `operand`; `group_size` is 0 for one scale per channel.
     """
     tensors = dict(zip(names.split(","), operand, strict=True))
-    problem = LinearProblem(
-        out_features=out_features,
-        in_features=x.shape[1],
-        weight_bits=weight_bits,
-        group_size=group_size or None,
-        zero_point="zero_point" in tensors,
-        activation_bits=16,
-        output_dtype=out_dtype,
-        device_type=x.device.type,
+    problem = known_problem(
+        out_features, x.shape[1], weight_bits, group_size, "zero_point" in tensors, x.device.type
     )
     return BY_NAME[implementation].linear(problem, (x,), tensors, bias, out_dtype)
 

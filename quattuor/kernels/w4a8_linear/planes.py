@@ -12,12 +12,14 @@ from quattuor.kernels.w4a8_linear.reference import int8_weight
 
 __all__ = [
     "BLOCK_K",
+    "MAX_SPLIT_TILES",
     "PLANE_K",
     "ROW_TILE",
     "HopperTile",
     "Tile",
     "mode_of",
     "pack_planes",
+    "pad_weight",
     "prepare_planes",
     "unpack_planes",
 ]
