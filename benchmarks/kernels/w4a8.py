@@ -321,6 +321,9 @@ def measure(contenders: list[Contender], num_tokens: int, out_features: int, in_
         wrong = contender.gate(batch) if contender.gate else None
         if wrong:
             raise RuntimeError(f"{contender.name} {contender.granularity}, {num_tokens} tokens: {wrong}")
+    latencies = median_latencies(present, batch)
+    fp16_us = next(us for item, us in zip(present, latencies, strict=True) if item.name == "cublas_fp16")
+    lowest_us = floor_us(num_tokens, out_features, in_features)
     return [
         {
             "n": out_features,
@@ -330,9 +333,11 @@ def measure(contenders: list[Contender], num_tokens: int, out_features: int, in_
             "granularity": contender.granularity,
             "includes_activation_quantization": contender.includes_activation_quantization,
             "latency_us": round(latency_us, 2),
-            "floor_us": round(floor_us(num_tokens, out_features, in_features), 2),
+            "floor_us": round(lowest_us, 2),
+            "speedup_over_cublas_fp16": round(fp16_us / latency_us, 3),
+            "fraction_of_floor": round(lowest_us / latency_us, 3),
         }
-        for contender, latency_us in zip(present, median_latencies(present, batch), strict=True)
+        for contender, latency_us in zip(present, latencies, strict=True)
     ]
 
 

@@ -10,6 +10,7 @@ chosen for the range. Nothing is tried and caught.
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -171,7 +172,7 @@ class LinearProblem:
         return 2 ** (self.weight_bits - 1)
 
 
-def describe_device(device: torch.device | str) -> dict[str, object]:
+def describe_device(device: torch.device | str) -> dict[str, Any]:
     """Return `device_type` and `compute_capability` of a device, as `LinearProblem` takes them."""
     device = torch.device(device)
     capability = torch.cuda.get_device_capability(device) if device.type == "cuda" else None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from quattuor.kernels.dispatch import Implementation, LinearProblem
+from quattuor.kernels.dispatch import Implementation, LinearProblem, TokenRange
 from quattuor.kernels.w4a8_linear.planes import BLOCK_K, MAX_SPLIT_TILES, PLANE_K, Tile, pack_planes, pad_weight
 from quattuor.kernels.w4a8_linear.triton import processors
 
@@ -84,6 +84,9 @@ class Triton(Implementation):
         if piece_of(problem) < MIN_PIECE:
             return f"needs a group size that is a multiple of {MIN_PIECE}, not {problem.group_size}"
         return None
+
+    def declines(self, problem: LinearProblem, tokens: TokenRange) -> str | None:
+        return "has only been interpreted and compiled, not run on a GPU; force it to try it"
 
     def prepare(self, problem: LinearProblem, *tensors: Tensor | None) -> dict[str, Tensor]:
         return prepare_tensors(problem, *tensors)

@@ -88,7 +88,9 @@ def test_refusals_have_reasons():
     ):
         with pytest.raises(UnsupportedError, match=words):
             w4a16_linear.plan(LinearProblem(**fields | change), force="triton")
-    assert w4a16_linear.plan(LinearProblem(**fields)).implementation(1) == "triton"
+    assert w4a16_linear.plan(LinearProblem(**fields), force="triton").implementation(1) == "triton"
+    rows = w4a16_linear.plan(LinearProblem(**fields)).explain()
+    assert all("not run on a GPU" in row.reason for row in rows if row.implementation == "triton")
 
 
 @pytest.mark.gpu
