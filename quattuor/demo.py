@@ -10,7 +10,7 @@ import torch
 from quattuor.checkpoints.source import ModelSource
 from quattuor.cli_runs import evaluate_model, generate_text, quantize_model, verify_folder
 from quattuor.errors import InputError, compose
-from quattuor.evaluation.loading import load_model
+from quattuor.evaluation.loading import LoadedModel, load_model, load_source
 from quattuor.progress import Progress
 from quattuor.reports.html import write_html
 from quattuor.reports.result import Evaluation, Generation, RunResult
@@ -59,12 +59,12 @@ def run_demo(output: Path, *, device: torch.device, progress: Progress) -> RunRe
         device: Where blocks and both models are computed.
         progress: Hears of every step.
     """
-    path = demo_model_path()
+    source = ModelSource(demo_model_path())
     output.mkdir(parents=True, exist_ok=True)
     checkpoint = output / "model"
-    before = _measure(str(path), device, progress)
+    before = _measure(load_source(source, device=device), progress)
     result = quantize_model(
-        ModelSource(path),
+        source,
         qqq(group_size=GROUP_SIZE),
         checkpoint,
         data="pydoc",
@@ -75,8 +75,8 @@ def run_demo(output: Path, *, device: torch.device, progress: Progress) -> RunRe
         overwrite=True,
         progress=progress,
     )
-    _, verification = verify_folder(checkpoint, ModelSource(path))
-    after = _measure(str(checkpoint), device, progress)
+    _, verification = verify_folder(checkpoint, source)
+    after = _measure(load_model(str(checkpoint), device=device), progress)
     result = dataclasses.replace(
         result,
         command="demo",
@@ -90,9 +90,8 @@ def run_demo(output: Path, *, device: torch.device, progress: Progress) -> RunRe
     return result
 
 
-def _measure(model: str, device: torch.device, progress: Progress) -> tuple[Evaluation, Generation]:
-    """Load a model, measure it, and let it go again."""
-    loaded = load_model(model, device=device)
+def _measure(loaded: LoadedModel, progress: Progress) -> tuple[Evaluation, Generation]:
+    """Measure a model on text, and let it answer the prompt."""
     evaluation = evaluate_model(
         loaded, "pydoc", length=EVALUATION_LENGTH, limit=EVALUATION_WINDOWS, batch_size=1, progress=progress
     )

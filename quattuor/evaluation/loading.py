@@ -13,7 +13,15 @@ from quattuor.checkpoints.layouts import QUANT_METHOD
 from quattuor.checkpoints.source import ModelSource, resolve
 from quattuor.errors import InputError, UnsupportedError, compose
 
-__all__ = ["DtypeName", "LoadedModel", "load_model", "max_positions", "require_tokenizer", "resolve_device"]
+__all__ = [
+    "DtypeName",
+    "LoadedModel",
+    "load_model",
+    "load_source",
+    "max_positions",
+    "require_tokenizer",
+    "resolve_device",
+]
 
 DtypeName = Literal["float32", "float16", "bfloat16"]
 
@@ -58,20 +66,23 @@ def load_model(model: str, *, device: torch.device, dtype: DtypeName = "float32"
                 remedy="pass a folder that Quattuor wrote, or the model before it was quantized",
             )
         )
-    if method == QUANT_METHOD:
-        loaded = cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)))
-        tokenizer, name = read_tokenizer(path), path.resolve().name
-    else:
-        source = ModelSource(model)
-        loaded = source.whole(getattr(torch, dtype))
-        tokenizer, name = source.tokenizer, source.model_name
-    loaded = cast(PreTrainedModel, loaded.to(device))  # type: ignore[arg-type]  # decorated by transformers
-    return LoadedModel(
-        model=loaded.train(False),
-        tokenizer=require_tokenizer(tokenizer, model),
-        name=name,
-        is_quantized=method == QUANT_METHOD,
-    )
+    if method is None:
+        return load_source(ModelSource(model), device=device, dtype=dtype)
+    loaded = cast(PreTrainedModel, AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, dtype)))
+    tokenizer = require_tokenizer(read_tokenizer(path), model)
+    return LoadedModel(model=_on(loaded, device), tokenizer=tokenizer, name=path.resolve().name, is_quantized=True)
+
+
+def load_source(source: ModelSource, *, device: torch.device, dtype: DtypeName = "float32") -> LoadedModel:
+    """Load all of an unquantized source; the arguments and errors are those of `load_model`."""
+    loaded = source.whole(getattr(torch, dtype))
+    tokenizer = require_tokenizer(source.tokenizer, source.model_name)
+    return LoadedModel(model=_on(loaded, device), tokenizer=tokenizer, name=source.model_name, is_quantized=False)
+
+
+def _on(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
+    moved = cast(PreTrainedModel, model.to(device))  # type: ignore[arg-type]  # decorated by transformers
+    return moved.train(False)
 
 
 def require_tokenizer(tokenizer: PreTrainedTokenizerBase | None, place: str) -> PreTrainedTokenizerBase:
