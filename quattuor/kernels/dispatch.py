@@ -204,10 +204,12 @@ class Implementation(ABC):
         name: Unique within the operation; what `force` takes.
         layout: Name of the weight layout that `prepare` makes. Implementations of one operation that share a
             layout name share its tensors.
+        stored_bits: Memory of one code in the layout, by `weight_bits`; `explain` says where it is more.
     """
 
     name: str
     layout: str
+    stored_bits: Mapping[int, int]
 
     @abstractmethod
     def supports(self, problem: LinearProblem) -> str | None:
@@ -297,6 +299,14 @@ class Operand:
         return sum(tensor.nbytes for tensor in self.entries.values())
 
 
+def storage_remark(implementation: Implementation, problem: LinearProblem) -> str:
+    """Return what to add to a reason when codes take more memory than their width."""
+    stored = implementation.stored_bits[problem.weight_bits]
+    if stored == problem.weight_bits:
+        return ""
+    return f"; keeps each {problem.weight_bits}-bit code in {stored} bits of memory"
+
+
 def choose(
     operation: str,
     implementations: Sequence[Implementation],
@@ -350,14 +360,10 @@ def choose(
                 reason = f"ranked after {winner.name}"
             if reason is None:
                 winner = implementation
-            rows.append(
-                Row(
-                    str(tokens),
-                    implementation.name,
-                    implementation is winner,
-                    reason or ("forced" if force else "first that supports the layer"),
-                )
-            )
+            if reason is None:
+                reason = "forced" if force else "first that supports the layer"
+                reason += storage_remark(implementation, problem)
+            rows.append(Row(str(tokens), implementation.name, implementation is winner, reason))
         assert winner is not None, f"{operation}: the last implementation must support every legal problem"
         chosen.append(winner)
     return Schedule(tuple(chosen), tuple(rows))

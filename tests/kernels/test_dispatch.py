@@ -22,6 +22,7 @@ class Named(Implementation):
 
     def __init__(self, name, refusal=None, slow_for=()):
         self.name = self.layout = name
+        self.stored_bits = dict.fromkeys(range(2, 9), 4)
         self.refusal, self.slow_for = refusal, slow_for
 
     def supports(self, problem):
@@ -100,6 +101,13 @@ def test_impossible_problems_are_refused(field, value):
 
 def test_longest_row_cannot_overflow_int32():
     assert 128 * 128 * MAX_IN_FEATURES < 2**31 <= 128 * 128 * (MAX_IN_FEATURES + 1)
+
+
+@pytest.mark.parametrize(("bits", "remark"), [(4, ""), (3, "; keeps each 3-bit code in 4 bits of memory")])
+def test_explain_says_what_a_code_costs(bits, remark):
+    problem = LinearProblem(out_features=8, in_features=16, weight_bits=bits)
+    (chosen,) = {row.reason for row in choose("op", (Named("a"),), problem).rows}
+    assert chosen == "first that supports the layer" + remark
 
 
 def test_operand_selects_a_layout_and_counts_bytes():

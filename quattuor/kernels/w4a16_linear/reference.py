@@ -38,6 +38,7 @@ class Reference(Implementation):
 
     name = "reference"
     layout = "codes"
+    stored_bits = dict.fromkeys(range(2, 9), 8)
 
     def supports(self, problem: LinearProblem) -> str | None:
         return None

@@ -10,7 +10,15 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from quattuor.kernels.dispatch import Implementation, LinearProblem, TokenRange
-from quattuor.kernels.w4a8_linear.planes import BLOCK_K, MAX_SPLIT_TILES, PLANE_K, Tile, pack_planes, pad_weight
+from quattuor.kernels.w4a8_linear.planes import (
+    BLOCK_K,
+    MAX_SPLIT_TILES,
+    PLANE_K,
+    STORED_BITS,
+    Tile,
+    pack_planes,
+    pad_weight,
+)
 from quattuor.kernels.w4a8_linear.triton import processors
 
 __all__ = ["Triton", "choose_tile", "prepare_tensors"]
@@ -73,6 +81,7 @@ class Triton(Implementation):
 
     name = "triton"
     layout = "planes"
+    stored_bits = STORED_BITS
 
     def supports(self, problem: LinearProblem) -> str | None:
         if problem.device_type != "cuda":

@@ -33,6 +33,7 @@ class Float32(Implementation):
 
     name = "float32"
     layout = "float32"
+    stored_bits = dict.fromkeys(range(2, 9), 32)
 
     def supports(self, problem: LinearProblem) -> str | None:
         if problem.device_type == "cuda" and uses_tf32():

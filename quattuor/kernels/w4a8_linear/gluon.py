@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from quattuor.kernels.dispatch import Implementation, LinearProblem, TokenRange
-from quattuor.kernels.w4a8_linear.planes import BLOCK_K, PLANE_K, HopperTile, mode_of, prepare_planes
+from quattuor.kernels.w4a8_linear.planes import BLOCK_K, PLANE_K, STORED_BITS, HopperTile, mode_of, prepare_planes
 from quattuor.kernels.w4a8_linear.triton import processors
 
 __all__ = ["Gluon", "choose_hopper_tile"]
@@ -35,6 +35,7 @@ class Gluon(Implementation):
 
     name = "gluon"
     layout = "planes"
+    stored_bits = STORED_BITS
 
     def supports(self, problem: LinearProblem) -> str | None:
         if problem.device_type != "cuda":
@@ -54,6 +55,8 @@ class Gluon(Implementation):
     def declines(self, problem: LinearProblem, tokens: TokenRange) -> str | None:
         if tokens.last is not None and tokens.last <= 64:
             return "streaming the weight is the limit here, and the smaller programs of triton hide more of it"
+        if mode_of(problem) == "half":
+            return "float16 group scales have only been compiled here, not run on a GPU; force it to try them"
         return None
 
     def prepare(self, problem: LinearProblem, *tensors: Tensor | None) -> dict[str, Tensor]:

@@ -15,6 +15,7 @@ __all__ = [
     "MAX_SPLIT_TILES",
     "PLANE_K",
     "ROW_TILE",
+    "STORED_BITS",
     "HopperTile",
     "Tile",
     "mode_of",
@@ -29,6 +30,8 @@ BLOCK_K = 256
 PLANE_K = 128
 #: Rows of the packed weight are padded to a multiple of this, so that kernels need no row mask.
 ROW_TILE = 256
+#: Memory of one code by its width: nibbles, then bytes.
+STORED_BITS = {2: 4, 3: 4, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
 #: Arrival counters per layer: tiles whose sums are split along K, at most one for each 64 rows and 16 tokens.
 MAX_SPLIT_TILES = 1 << 14
 

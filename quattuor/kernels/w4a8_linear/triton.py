@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from quattuor.kernels.dispatch import Implementation, LinearProblem
-from quattuor.kernels.w4a8_linear.planes import BLOCK_K, Tile, mode_of, prepare_planes
+from quattuor.kernels.w4a8_linear.planes import BLOCK_K, STORED_BITS, Tile, mode_of, prepare_planes
 
 __all__ = ["Triton", "choose_tile"]
 
@@ -48,6 +48,7 @@ class Triton(Implementation):
 
     name = "triton"
     layout = "planes"
+    stored_bits = STORED_BITS
 
     def supports(self, problem: LinearProblem) -> str | None:
         if problem.device_type != "cuda":

@@ -130,3 +130,6 @@ def test_refusals_have_reasons(layer):
     assert [plan.implementation(m) for m in (1, 64, 65, 5000)] == ["triton", "triton", "gluon", "gluon"]
     assert w4a8_linear.plan(group).implementation(5000) == "triton"
     assert set(plan.schedule.layouts()) == {"planes"}
+    half = dataclasses.replace(base, group_size=128)
+    assert w4a8_linear.plan(half).implementation(5000) == "triton"
+    assert w4a8_linear.plan(half, force="gluon").implementation(5000) == "gluon"

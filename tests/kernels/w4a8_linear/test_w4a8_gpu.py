@@ -44,8 +44,8 @@ def compare(made, name, x_codes, x_scale, bias, out_dtype):
 )
 @pytest.mark.parametrize("num_tokens", [1, 17, 200])
 def test_widths(layer, inputs, name, bits, group_size, integer, num_tokens):
-    made = layer(391, 1300, bits=bits, group_size=group_size, integer=integer, seed=num_tokens, device="cuda")
-    x_codes, x_scale = inputs(num_tokens, 1300, seed=bits, device="cuda")
+    made = layer(391, 1296, bits=bits, group_size=group_size, integer=integer, seed=num_tokens, device="cuda")
+    x_codes, x_scale = inputs(num_tokens, 1296, seed=bits, device="cuda")
     bias = torch.randn(391, device="cuda", dtype=torch.float16)
     compare(made, name, x_codes, x_scale, bias, torch.float16)
 
