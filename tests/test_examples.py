@@ -4,6 +4,8 @@
 import re
 import runpy
 import sys
+from contextlib import redirect_stdout
+from io import StringIO
 from pathlib import Path
 
 import pytest
@@ -24,27 +26,26 @@ def run(name: str, *arguments: str) -> None:
 
 
 @pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Return the folder that the first example writes."""
+def packed(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """Return the folder that the first example writes, and what it prints."""
     folder = tmp_path_factory.mktemp("examples") / "tiny"
-    run("quantize_tiny.py", str(folder))
-    return folder
+    with redirect_stdout(StringIO()) as printed:
+        run("quantize_tiny.py", str(folder))
+    return folder, printed.getvalue()
 
 
-def test_quantize_tiny(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run("quantize_tiny.py", str(tmp_path / "tiny"))
-    printed = capsys.readouterr().out
+def test_quantize_tiny(packed: tuple[Path, str]) -> None:
+    folder, printed = packed
     errors = [float(error) for error in re.findall(r"relative error (\S+)", printed)]
     assert len(errors) == 7
     assert all(0 < error < 0.05 for error in errors)
     assert "tensors verified" in printed
     assert re.search(r"continues \[(\d+, ){7}\d+\]", printed)
-    assert (tmp_path / "tiny" / "README.md").is_file()
+    assert (folder / "README.md").is_file()
 
 
-def test_load_and_explain(packed: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    capsys.readouterr()
-    run("load_and_explain.py", str(packed))
+def test_load_and_explain(packed: tuple[Path, str], capsys: pytest.CaptureFixture[str]) -> None:
+    run("load_and_explain.py", str(packed[0]))
     printed = capsys.readouterr().out
     assert "model.layers.0.self_attn.q_proj: TwoLevelInteger(bits=4) PerGroup(group_size=32)" in printed
     assert printed.count("->") == 4, "one implementation is chosen for each of the four token ranges"
