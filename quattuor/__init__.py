@@ -4,7 +4,7 @@
 from quattuor import systems
 from quattuor.checkpoints import ModelSource, inspect, save_pretrained, verify
 from quattuor.errors import CalibrationError, CheckpointError, InputError, QuattuorError, UnsupportedError
-from quattuor.quantize import quantize
+from quattuor.quantize import quantize, quantize_to_folder
 from quattuor.quantized_tensor import QuantizedTensor
 from quattuor.recipe import Recipe
 from quattuor.rules import Rule
@@ -22,6 +22,7 @@ __all__ = [
     "UnsupportedError",
     "inspect",
     "quantize",
+    "quantize_to_folder",
     "save_pretrained",
     "systems",
     "verify",

@@ -9,6 +9,7 @@ from torch import nn
 
 from quattuor.activations import ActivationQuantizer
 from quattuor.errors import InputError, UnsupportedError, compose
+from quattuor.folding import linear_at
 from quattuor.models import DecoderDescription, Site, SiteKind
 from quattuor.nn.linear import QuantizedLinear
 from quattuor.recipe import Recipe
@@ -55,18 +56,19 @@ def check(recipe: Recipe, description: DecoderDescription, model: nn.Module, con
         InputError: A group size does not divide a layer, or a rule matches nothing.
         UnsupportedError: A transform is not legal for this architecture.
     """
-    sites = description.sites(activation_name(config))
+    sites = description.sites(description.activation(config))
     blocks = list(model.get_submodule(description.blocks).children())
     names = list(linear_names(description, sites, len(blocks)))
     check_all_rules_match(names, recipe.rules)
     for name in names:
-        choice, linear = choose(recipe, name), model.get_submodule(name)
+        choice, linear = choose(recipe, name), linear_at(model, name)
         if choice is None:
             continue
         try:
             choice.weights.granularity.num_groups(linear.in_features)
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
+    _check_solvers(recipe, names)
     for transform in recipe.transforms:
         if isinstance(transform, SiteTransform):
             _check_sites(transform, sites, description)
@@ -85,7 +87,7 @@ def place_(
     name: str,
 ) -> QuantizedLinear:
     """Replace a linear of a block by its packed form and return the new module."""
-    linear = block.get_submodule(path)
+    linear = linear_at(block, path)
     module = QuantizedLinear.from_tensor(
         solution.tensor, linear.bias, activations, dtype=linear.weight.dtype, name=name
     )
@@ -94,12 +96,19 @@ def place_(
     return module
 
 
-def activation_name(config: dict[str, Any]) -> str:
-    """Return the name of the feed-forward activation of a configuration."""
-    for key in ("hidden_act", "hidden_activation", "activation_function"):
-        if config.get(key):
-            return str(config[key])
-    return "unknown"
+def _check_solvers(recipe: Recipe, names: list[str]) -> None:
+    for name in names:
+        choice = choose(recipe, name)
+        if choice is not None and "cross" in choice.weights.solver.needs and not recipe.sequential:
+            raise InputError(
+                compose(
+                    subject="sequential",
+                    value=False,
+                    constraint="would correct the same drift again at every site of a block",
+                    place=f"Recipe, {name}",
+                    remedy="set sequential=True, or leave TargetCorrection out",
+                )
+            )
 
 
 def _check_sites(transform: SiteTransform, sites: tuple[Site, ...], description: DecoderDescription) -> None:
@@ -114,8 +123,8 @@ def _check_sites(transform: SiteTransform, sites: tuple[Site, ...], description:
 
 
 def _check_residual_rotation(transform: RotateResidual, recipe: Recipe, description: DecoderDescription) -> None:
-    reason = description.reason_against_residual_rotation()
-    if reason is not None and not (description.norm == "layer" and transform.keep_mean):
+    reason = description.reason_against_residual_rotation(keeps_mean=transform.keep_mean)
+    if reason is not None:
         raise _illegal(transform, description, reason)
     position = recipe.transforms.index(transform)
     if not any(isinstance(before, FoldNorms) for before in recipe.transforms[:position]):

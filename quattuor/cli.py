@@ -69,7 +69,7 @@ Seed = Annotated[int, typer.Option(help="Of every random choice.")]
 @app.callback()
 def _prepare() -> None:
     """Keep the libraries below from drawing bars of their own."""
-    transformers.utils.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    transformers.utils.logging.disable_progress_bar()
 
 
 @app.command()

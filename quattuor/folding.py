@@ -5,6 +5,8 @@ Every function changes parameters in place, computes in float64 and rounds once 
 computes the same function before and after a complete set of folds.
 """
 
+from typing import Any, cast
+
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
@@ -12,6 +14,8 @@ from torch import Tensor, nn
 from quattuor.errors import UnsupportedError, compose
 from quattuor.models.description import DecoderDescription, Heads, Site, SiteKind
 from quattuor.transforms.rotation import (
+    fold_gain,
+    fold_norm_bias,
     rotate_embedding,
     rotate_heads_input,
     rotate_heads_output,
@@ -23,6 +27,7 @@ __all__ = [
     "fold_block_norms_",
     "fold_final_norm_",
     "fold_scale_",
+    "linear_at",
     "rotate_block_heads_",
     "rotate_block_residual_",
     "rotate_ends_",
@@ -30,7 +35,12 @@ __all__ = [
 ]
 
 
-def untie_head_(model: nn.Module) -> None:
+def linear_at(block: nn.Module, path: str) -> nn.Linear:
+    """Return the linear at a path that a description names."""
+    return cast(nn.Linear, block.get_submodule(path))
+
+
+def untie_head_(model: Any) -> None:
     """Give the head its own copy of a weight it shares with the embedding, and say so in the configuration."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     if head.weight is embedding.weight:
@@ -44,26 +54,26 @@ def fold_block_norms_(block: nn.Module, description: DecoderDescription, sites: 
     """Move the gains and biases of a block's norms into the linears that read them."""
     for site in sites:
         if site.kind is SiteKind.NORM_LINEAR and site.producer is not None:
-            consumers = [block.get_submodule(path) for path in site.consumers]
+            consumers = [linear_at(block, path) for path in site.consumers]
             _fold_norm_(block.get_submodule(site.producer), consumers, description.gain_offset)
 
 
 def fold_final_norm_(model: nn.Module, description: DecoderDescription) -> None:
     """Move the gain of the final norm into the head, which must be untied."""
     if description.final_norm is not None:
-        head = model.get_submodule(description.head)
+        head = linear_at(model, description.head)
         _fold_norm_(model.get_submodule(description.final_norm), [head], description.gain_offset)
 
 
 def rotate_ends_(model: nn.Module, description: DecoderDescription, rotation: Float[Tensor, "K K"]) -> None:
     """Rotate what writes the residual stream before the first block and reads it after the last."""
     for path in description.embeddings:
-        embedding = model.get_submodule(path)
+        embedding = cast(nn.Embedding, model.get_submodule(path))
         _set_(embedding, "weight", rotate_embedding(embedding.weight, rotation))
-    head = model.get_submodule(description.head)
+    head = linear_at(model, description.head)
     _set_(head, "weight", rotate_input(head.weight, rotation))
     if description.final_norm is not None:
-        norm = model.get_submodule(description.final_norm)
+        norm: Any = model.get_submodule(description.final_norm)
         if getattr(norm, "bias", None) is not None:
             _set_(norm, "bias", norm.bias.double() @ rotation.to(norm.bias.device))
 
@@ -72,7 +82,7 @@ def rotate_block_residual_(block: nn.Module, sites: tuple[Site, ...], rotation: 
     """Rotate what reads the residual stream through a norm, and what writes it: output and down projections."""
     for site in sites:
         for path in site.consumers:
-            linear = block.get_submodule(path)
+            linear = linear_at(block, path)
             if site.kind is SiteKind.NORM_LINEAR:
                 _set_(linear, "weight", rotate_input(linear.weight, rotation))
                 continue
@@ -88,9 +98,9 @@ def rotate_block_heads_(
     """Rotate each value head and take it back in the output projection."""
     attention = description.attention
     assert attention is not None, "legality was checked: head rotations need a described attention"
-    value, output = block.get_submodule(attention.value), block.get_submodule(attention.output)
+    value, output = linear_at(block, attention.value), linear_at(block, attention.output)
     rows = attention.rows("value", heads)
-    bias = None if value.bias is None else value.bias[rows]
+    bias: Tensor | None = None if value.bias is None else value.bias[rows]
     weight, bias = rotate_heads_output(value.weight[rows], bias, rotation, heads.num_kv_heads)
     _set_rows_(value, "weight", rows, weight)
     if bias is not None:
@@ -120,7 +130,7 @@ def fold_scale_(
             )
         )
     scale = scale.double()
-    producer = block.get_submodule(site.producer)
+    producer: Any = block.get_submodule(site.producer)
     if site.kind is SiteKind.NORM_LINEAR:
         offset = description.gain_offset
         scale_K = scale.to(producer.weight.device)
@@ -134,7 +144,7 @@ def fold_scale_(
         if producer.bias is not None:
             _set_rows_(producer, "bias", rows, producer.bias[rows].double() / factors)
     for path in site.consumers:
-        linear = block.get_submodule(path)
+        linear = linear_at(block, path)
         _set_(linear, "weight", linear.weight.double() * scale.to(linear.weight.device))
 
 
@@ -151,13 +161,13 @@ def _producer_rows(
     return description.mlp.rows("up", scale.numel()), scale
 
 
-def _fold_norm_(norm: nn.Module, consumers: list[nn.Module], gain_offset: float) -> None:
+def _fold_norm_(norm: Any, consumers: list[nn.Linear], gain_offset: float) -> None:
     """consumer.weight *= gain, consumer.bias += weight @ norm.bias; the norm keeps gain 1.
 
     A consumer without a bias cannot take the norm's bias: it stays in the norm, divided by the gain, so that the
     consumer's new columns multiply it back.
     """
-    gain = norm.weight.double() + gain_offset
+    gain: Tensor = norm.weight.double() + gain_offset
     bias = getattr(norm, "bias", None)
     keeps_bias = bias is not None and any(linear.bias is None for linear in consumers)
     if keeps_bias and bool((gain == 0).any()):
@@ -172,8 +182,8 @@ def _fold_norm_(norm: nn.Module, consumers: list[nn.Module], gain_offset: float)
         )
     for linear in consumers:
         if bias is not None and not keeps_bias:
-            _set_(linear, "bias", linear.bias.double() + linear.weight.double() @ bias.double())
-        _set_(linear, "weight", linear.weight.double() * gain)
+            _set_(linear, "bias", fold_norm_bias(linear.weight, linear.bias, bias))
+        _set_(linear, "weight", fold_gain(linear.weight, gain))
     if bias is not None:
         _set_(norm, "bias", bias.double() / gain if keeps_bias else torch.zeros_like(bias))
     _set_(norm, "weight", torch.full_like(norm.weight, 1 - gain_offset))

@@ -5,20 +5,22 @@ import copy
 import hashlib
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
-from typing import Any, Protocol, runtime_checkable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol, cast, runtime_checkable
 
-import psutil
 import torch
 from jaxtyping import Int64
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from quattuor.activations import ActivationQuantizer
-from quattuor.apply import activation_name, check, choose, linear_names, place_
+from quattuor.apply import check, choose, linear_names, place_
 from quattuor.calibration.blockwise import BlockRunner, Hidden, capture_inputs
-from quattuor.errors import CalibrationError, compose
+from quattuor.checkpoints.native import CheckpointWriter
+from quattuor.checkpoints.source import ModelSource
+from quattuor.checkpoints.streaming import StreamingStore
+from quattuor.errors import CalibrationError, UnsupportedError, compose
 from quattuor.folding import (
     fold_block_norms_,
     fold_final_norm_,
@@ -31,61 +33,18 @@ from quattuor.granularity import Granularity
 from quattuor.models import DecoderDescription, Heads, Site, describe, discover
 from quattuor.nn.linear import LinearLayout
 from quattuor.progress import Progress, Silent
+from quattuor.quantization_report import LayerReport, QuantizationReport
 from quattuor.recipe import Recipe
 from quattuor.site_search import SiteSearch
 from quattuor.solvers import Solution
 from quattuor.transforms import FoldNorms, RotateHeads, RotateResidual
 from quattuor.transforms.base import SiteTransform
 
-__all__ = ["BlockStore", "InMemory", "LayerReport", "QuantizationReport", "quantize"]
+__all__ = ["BlockStore", "InMemory", "LayerReport", "QuantizationReport", "quantize", "quantize_to_folder"]
+
+MAX_SHARD_BYTES = 4 * 1024**3
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class LayerReport:
-    """What happened to one linear. `error` is relative in output space, see `solvers/base.py`."""
-
-    name: str
-    number_format: str
-    granularity: str
-    num_weights: int
-    bits_per_weight: float
-    error: float
-    seconds: float
-    notes: tuple[str, ...] = ()
-
-
-@dataclass(slots=True, kw_only=True)
-class QuantizationReport:
-    """What a run did: each layer, seconds by phase, peak memory, calibration tokens."""
-
-    layers: list[LayerReport] = field(default_factory=list)
-    seconds: dict[str, float] = field(default_factory=dict)
-    peak_memory_bytes: int = 0
-    peak_device_memory_bytes: int | None = None
-    num_tokens: int = 0
-    blocks: int = 0
-    notes: list[str] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return plain data."""
-        return asdict(self)
-
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
-        """Add the time spent inside to a phase."""
-        start = time.perf_counter()
-        try:
-            yield
-        finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
-
-    def measure_memory(self, device: torch.device) -> None:
-        """Raise the recorded peaks to what is in use now."""
-        self.peak_memory_bytes = max(self.peak_memory_bytes, psutil.Process().memory_info().rss)
-        if device.type == "cuda":
-            self.peak_device_memory_bytes = torch.cuda.max_memory_allocated(device)
 
 
 @runtime_checkable
@@ -113,7 +72,7 @@ class InMemory(BlockStore):
 class _Run:
     """One model under one recipe: everything that stays the same from block to block."""
 
-    model: nn.Module
+    model: PreTrainedModel
     recipe: Recipe
     description: DecoderDescription
     heads: Heads | None
@@ -121,6 +80,7 @@ class _Run:
     sites: tuple[Site, ...]
     device: torch.device
     seed: int
+    kernel: str | None
     report: QuantizationReport
 
 
@@ -134,7 +94,7 @@ class _Stream:
 
 @torch.no_grad()
 def quantize(
-    model: nn.Module,
+    model: PreTrainedModel,
     recipe: Recipe,
     tokens: Int64[Tensor, "B T"],
     *,
@@ -143,6 +103,7 @@ def quantize(
     storage: str | torch.device = "cpu",
     batch_size: int = 8,
     seed: int = 0,
+    kernel: str | None = None,
     progress: Progress | None = None,
 ) -> QuantizationReport:
     """Quantize the decoder blocks of a model in place, one block at a time.
@@ -156,6 +117,8 @@ def quantize(
         storage: Where hidden states wait between blocks.
         batch_size: Sequences per forward pass; changes memory, not results beyond rounding.
         seed: Seeds every random choice, with the name of what it is for.
+        kernel: Forces one kernel for the quantized blocks, by name; None lets each layer choose. All kernels give
+            the same integers: "float32" saves compiling others when calibration is short.
         progress: Told about each block.
 
     Returns:
@@ -166,7 +129,7 @@ def quantize(
         CalibrationError: The data cannot support the recipe, or an activation is not finite.
     """
     progress, store = progress or Silent(), store or InMemory()
-    run = _prepare(model, recipe, tokens, device, seed)
+    run = _prepare(model, recipe, tokens, device, seed, kernel)
     report, blocks = run.report, list(model.get_submodule(run.description.blocks).children())
     with report.phase("ends"):
         rotations = _transform_ends_(run, store)
@@ -176,7 +139,7 @@ def quantize(
             run.description,
             tokens,
             batch_size=batch_size,
-            device=model.get_input_embeddings().weight.device,
+            device=embedding_of(model).weight.device,
             storage=torch.device(storage),
         )
     _emit_ends(run, store)
@@ -205,12 +168,51 @@ def quantize(
     return report
 
 
+def quantize_to_folder(
+    source: ModelSource,
+    recipe: Recipe,
+    tokens: Int64[Tensor, "B T"],
+    output: Path,
+    *,
+    device: str | torch.device | None = None,
+    batch_size: int = 8,
+    seed: int = 0,
+    progress: Progress | None = None,
+    overwrite: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> QuantizationReport:
+    """Quantize a stored model into a new checkpoint, reading and writing one block at a time.
+
+    The folder appears when everything is written, or not at all.
+
+    Args:
+        source: The model to read.
+        recipe, tokens, device, batch_size, seed, progress: As for `quantize`.
+        output: Folder to make.
+        overwrite: Replace an existing folder once the new one is complete.
+        max_shard_bytes: Size at which a file of tensors is closed.
+
+    Raises:
+        CheckpointError: The source is damaged, the output exists, or the disk is full.
+    """
+    model = source.skeleton()
+    with CheckpointWriter(output, overwrite=overwrite, max_shard_bytes=max_shard_bytes) as writer:
+        store = StreamingStore(source, writer, model)
+        report = quantize(
+            model, recipe, tokens, store=store, device=device, batch_size=batch_size, seed=seed, progress=progress
+        )
+        tokenizer, generation_config = source.tokenizer, source.generation_config
+        writer.finish(model.config, recipe, store.layouts, report.to_dict(), tokenizer, generation_config)
+    return report
+
+
 def _prepare(
-    model: nn.Module,
+    model: PreTrainedModel,
     recipe: Recipe,
     tokens: Int64[Tensor, "B T"],
     device: str | torch.device | None,
     seed: int,
+    kernel: str | None,
 ) -> _Run:
     """Describe the model, check the recipe and the data against it."""
     if tokens.numel() == 0:
@@ -225,29 +227,31 @@ def _prepare(
         )
     config = model.config.to_dict()
     description = describe(model.config) if recipe.transforms else _describe_or_discover(model)
+    activation = description.activation(config)
     check(recipe, description, model, config)
-    target = torch.device(device) if device is not None else model.get_input_embeddings().weight.device
+    target = torch.device(device) if device is not None else embedding_of(model).weight.device
     return _Run(
         model=model,
         recipe=recipe,
         description=description,
         heads=description.heads(config) if description.attention is not None else None,
-        activation=activation_name(config),
-        sites=description.sites(activation_name(config)),
+        activation=activation,
+        sites=description.sites(activation),
         device=torch.device("cpu") if target.type == "meta" else target,
         seed=seed,
+        kernel=kernel,
         report=QuantizationReport(
             num_tokens=tokens.numel(), blocks=len(list(model.get_submodule(description.blocks).children()))
         ),
     )
 
 
-def _describe_or_discover(model: nn.Module) -> DecoderDescription:
+def _describe_or_discover(model: PreTrainedModel) -> DecoderDescription:
     """Use the written description where there is one; without transforms a discovered one serves as well."""
-    from quattuor.models import DESCRIPTIONS
-
-    known = model.config.model_type in DESCRIPTIONS
-    return describe(model.config) if known else discover(model)
+    try:
+        return describe(model.config)
+    except UnsupportedError:
+        return discover(model)
 
 
 def _transform_ends_(run: _Run, store: BlockStore) -> dict[str, Tensor]:
@@ -262,7 +266,7 @@ def _transform_ends_(run: _Run, store: BlockStore) -> dict[str, Tensor]:
             untie_head_(model)
             fold_final_norm_(model, description)
         elif isinstance(transform, RotateResidual):
-            size = model.get_input_embeddings().weight.shape[1]
+            size = embedding_of(model).weight.shape[1]
             rotations["residual"] = transform.matrix(size, seed)
             rotate_ends_(model, description, rotations["residual"])
         elif isinstance(transform, RotateHeads):
@@ -375,7 +379,14 @@ def _solve_site_(run: _Run, block: nn.Module, index: int, site: Site, statistics
         for path, solution in zip(paths, solutions, strict=True):
             name = f"{prefix}.{path}"
             module = place_(block, path, solution, choice.activations, name=name)
+            if run.kernel is not None:
+                module.use_kernel(run.kernel)
             run.report.layers.append(_describe_layer(name, module.layout, solution, seconds))
+
+
+def embedding_of(model: PreTrainedModel) -> nn.Embedding:
+    """Return the token embedding."""
+    return cast(nn.Embedding, model.get_input_embeddings())
 
 
 def derive_seed(seed: int, name: str) -> int:

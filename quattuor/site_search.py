@@ -17,12 +17,11 @@ from transformers.activations import ACT2FN
 from quattuor.activations import ActivationQuantizer
 from quattuor.calibration.blockwise import BlockRunner
 from quattuor.calibration.statistics import AbsMax
-from quattuor.folding import fold_scale_
-from quattuor.formats import Integer
+from quattuor.folding import fold_scale_, linear_at
 from quattuor.granularity import Granularity
 from quattuor.models import Heads, Site, SiteKind
-from quattuor.scales import AbsMax as AbsMaxScale
 from quattuor.transforms.base import SiteProblem, SiteTransform
+from quattuor.transforms.smoothing import round_weight
 
 __all__ = ["SiteSearch"]
 
@@ -94,7 +93,7 @@ class SiteSearch:
         statistic = AbsMax()
         statistic.update(inputs.reshape(-1, inputs.shape[-1]))
         device = next(block.parameters()).device
-        linears = [block.get_submodule(path) for path in site.consumers]
+        linears = [linear_at(block, path) for path in site.consumers]
         return SiteProblem(
             inputs=inputs,
             weight=torch.cat([linear.weight for linear in linears]).float(),
@@ -122,7 +121,7 @@ class SiteSearch:
         attention, mlp = self.description.attention, self.description.mlp
         assert attention is not None, "only described sites have a transform"
         assert mlp is not None, "only described sites have a transform"
-        linears = [block.get_submodule(path) for path in site.consumers]
+        linears = [linear_at(block, path) for path in site.consumers]
         if site.name == "qkv":
             module, target = block.get_submodule(attention.module), block.get_submodule(attention.output)
             arguments = self.runner.arguments(block_index, device)
@@ -137,7 +136,7 @@ class SiteSearch:
 
         return run
 
-    def _linear(self, linear: nn.Module, activates: bool) -> Callable[[Tensor, Tensor], Tensor]:
+    def _linear(self, linear: nn.Linear, activates: bool) -> Callable[[Tensor, Tensor], Tensor]:
         """Return inputs @ weight.T + bias, through the activation for the first layer of a plain network."""
         activation = ACT2FN[self.activation] if activates else nn.Identity()
 
@@ -151,10 +150,10 @@ class SiteSearch:
 class _weights:
     """Puts rows of a stacked weight into linears for a while."""
 
-    def __init__(self, linears: Sequence[nn.Module], stacked: Tensor) -> None:
+    def __init__(self, linears: Sequence[nn.Linear], stacked: Tensor) -> None:
         """Cut the stack into the linears' rows."""
         self.linears = linears
-        self.parts = stacked.split([linear.weight.shape[0] for linear in linears])
+        self.parts = torch.split(stacked, [linear.out_features for linear in linears])
         self.before = [linear.weight.data for linear in linears]
 
     def __enter__(self) -> None:
@@ -176,12 +175,9 @@ def _degrade_(
 ) -> None:
     """Round a site's weights in place and its inputs while the stack is open."""
     granularity, bits, activations = choice
-    number_format = Integer(bits, narrow=True)
     for path in site.consumers:
-        linear = block.get_submodule(path)
-        values = granularity.split(linear.weight.float())
-        rounded = number_format.fake_quantize(values, AbsMaxScale().fit(values, number_format))
-        linear.weight.data.copy_(granularity.merge(rounded, tuple(linear.weight.shape)))
+        linear = linear_at(block, path)
+        linear.weight.data.copy_(round_weight(linear.weight.float(), granularity, bits))
         if activations is not None:
             handle = linear.register_forward_pre_hook(_rounding_hook(activations))
             stack.callback(handle.remove)

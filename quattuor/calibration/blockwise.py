@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from jaxtyping import Float, Int64
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from quattuor.calibration.statistics import make_statistics
 from quattuor.errors import CalibrationError, compose
-from quattuor.models.description import DecoderDescription, Site
+from quattuor.models import DecoderDescription, Site, returns_tuple
 
 __all__ = ["BlockRunner", "Hidden", "capture_inputs"]
 
-Hidden = list[Float[Tensor, "B T K"]]
+Hidden = list[Float[Tensor, "_ T K"]]
 
 
 class _StopForward(Exception):
@@ -172,9 +173,9 @@ class BlockRunner:
 
 @torch.no_grad()
 def capture_inputs(
-    model: nn.Module,
+    model: PreTrainedModel,
     description: DecoderDescription,
-    tokens: Int64[Tensor, "B T"],
+    tokens: Int64[Tensor, "_ T"],
     *,
     batch_size: int,
     device: torch.device,
@@ -193,6 +194,7 @@ def capture_inputs(
     blocks = list(model.get_submodule(description.blocks).children())
     recorded: list[dict[str, Any]] = [{} for _ in blocks]
     hidden: Hidden = []
+    shape: list[bool] = []  # whether blocks return tuples, once known
 
     def record(index: int) -> Callable[..., Any]:
         def forward(hidden_states: Tensor, *positional: Any, **keywords: Any) -> Any:
@@ -205,7 +207,9 @@ def capture_inputs(
             }
             if index == len(blocks) - 1:
                 raise _StopForward
-            return (hidden_states,) if description.block_returns_tuple else hidden_states
+            if not shape:
+                shape.append(_returns_tuple(description, blocks[index], hidden_states, recorded[index]))
+            return (hidden_states,) if shape[0] else hidden_states
 
         return forward
 
@@ -213,7 +217,7 @@ def capture_inputs(
         hidden.append(hidden_states.to(storage))
         raise _StopForward
 
-    decoder = model.get_decoder() if hasattr(model, "get_decoder") else model
+    decoder = model.get_decoder()
 
     def start(batch: Tensor) -> None:
         try:
@@ -227,6 +231,14 @@ def capture_inputs(
         for batch in tokens.split(batch_size):
             start(batch)
     return hidden, BlockRunner(description, recorded)
+
+
+def _returns_tuple(
+    description: DecoderDescription, block: nn.Module, hidden_states: Tensor, keywords: dict[str, Any]
+) -> bool:
+    """Return what the description says, or look where versions of transformers differ."""
+    known = description.block_returns_tuple
+    return returns_tuple(block, hidden_states, keywords) if known is None else known
 
 
 @contextmanager

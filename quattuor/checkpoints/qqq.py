@@ -148,7 +148,7 @@ def _common_group_size(packed: PackedModel) -> int:
     if len(found) != 1:
         raise _unsupported("group_size", f"{found}", "must be the same for every linear of the model")
     model = empty_model(packed.config)
-    head = model.get_output_embeddings()  # type: ignore[no-untyped-call]
+    head = model.get_output_embeddings()
     for name, module in model.named_modules():
         if isinstance(module, nn.Linear) and module is not head and name not in packed.linears:
             raise _unsupported(name, "in high precision", "must be quantized: the layout knows no exceptions")

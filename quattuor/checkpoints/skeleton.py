@@ -30,7 +30,7 @@ def empty_model(config: Any) -> PreTrainedModel:
     """
     try:
         with init_empty_weights(include_buffers=False):
-            model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config))  # type: ignore[no-untyped-call]
+            model: PreTrainedModel = AutoModelForCausalLM.from_config(copy.deepcopy(config))
     except ValueError as error:
         if "Unrecognized configuration class" not in str(error):
             raise

@@ -82,7 +82,8 @@ def load_source(source: ModelSource, *, device: torch.device, dtype: DtypeName =
 
 def _on(model: PreTrainedModel, device: torch.device) -> PreTrainedModel:
     moved = cast(PreTrainedModel, model.to(device))  # type: ignore[arg-type]  # decorated by transformers
-    return moved.train(False)
+    moved.train(False)
+    return moved
 
 
 def require_tokenizer(tokenizer: PreTrainedTokenizerBase | None, place: str) -> PreTrainedTokenizerBase:

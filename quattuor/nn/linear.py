@@ -135,7 +135,7 @@ class QuantizedLinear(nn.Module):
     def tensor(self) -> QuantizedTensor:
         """The packed weight, sharing this module's buffers."""
         return QuantizedTensor(
-            packed=cast(Tensor, self.get_buffer("packed")),
+            packed=self.get_buffer("packed"),
             parameters=Parameters(**{item.name: self.get_buffer(item.name) for item in self.layout.parameters}),
             number_format=self.layout.number_format,
             granularity=self.layout.granularity,
@@ -158,7 +158,7 @@ class QuantizedLinear(nn.Module):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
         """Move and cast like any module, but never cast the packed weight: a rounded scale is another weight."""
         stored = {key: self.get_buffer(key) for key in ("packed", *(item.name for item in self.layout.parameters))}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for key, before in stored.items():
             after = self.get_buffer(key)
             if after.dtype != before.dtype:

@@ -14,6 +14,7 @@ from torch import Tensor
 __all__ = ["run_captured"]
 
 Loop = Callable[..., tuple[Tensor, ...]]
+Signature = tuple[tuple[tuple[int, ...], torch.dtype, torch.device], ...]
 NUM_KEPT_GRAPHS = 32
 
 
@@ -35,12 +36,9 @@ def run_captured(loop: Loop, static: tuple[Hashable, ...], *inputs: Tensor) -> t
 class _Graph:
     """A captured loop with the tensors it reads and writes."""
 
-    def __init__(self, loop: Loop, static: tuple[Hashable, ...], signature: tuple[Hashable, ...]) -> None:
+    def __init__(self, loop: Loop, static: tuple[Hashable, ...], signature: Signature) -> None:
         """Capture the loop on placeholders; ones keep every division in it defined."""
-        self.inputs = [
-            torch.ones(shape, dtype=dtype, device=device)
-            for shape, dtype, device in signature  # type: ignore[misc]
-        ]
+        self.inputs = [torch.ones(shape, dtype=dtype, device=device) for shape, dtype, device in signature]
         stream = torch.cuda.Stream()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -59,5 +57,5 @@ class _Graph:
 
 
 @lru_cache(maxsize=NUM_KEPT_GRAPHS)
-def _capture(loop: Loop, static: tuple[Hashable, ...], signature: tuple[Hashable, ...]) -> _Graph:
+def _capture(loop: Loop, static: tuple[Hashable, ...], signature: Signature) -> _Graph:
     return _Graph(loop, static, signature)

@@ -6,7 +6,7 @@ from quattuor.errors import UnsupportedError, compose
 from quattuor.formats import Integer, TwoLevelInteger
 from quattuor.granularity import PerChannel, PerGroup
 from quattuor.recipe import Recipe
-from quattuor.scales import AbsMax, ClipSearch, TwoLevel
+from quattuor.scales import AbsMax, ClipSearch, ScaleDtype, TwoLevel
 from quattuor.solvers import Nearest, WeightQuantizer
 
 __all__ = ["rtn"]
@@ -44,7 +44,7 @@ def rtn(
         )
     granularity = PerChannel() if group_size is None else PerGroup(group_size)
     if activation_bits is None:
-        scale_dtype = "float32" if group_size is None else "float16"
+        scale_dtype: ScaleDtype = "float32" if group_size is None else "float16"
         weights = WeightQuantizer(
             number_format=Integer(bits, symmetric=symmetric),
             granularity=granularity,

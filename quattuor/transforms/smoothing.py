@@ -14,13 +14,14 @@ from quattuor.granularity import Granularity
 from quattuor.scales import AbsMax
 from quattuor.transforms.base import SITES, SiteProblem, SiteTransform, check_finite, check_sites, max_within_ties
 
-__all__ = ["AdaptiveSmoothing", "candidate_thresholds", "smoothing_scale", "threshold_losses"]
+__all__ = ["AdaptiveSmoothing", "candidate_thresholds", "round_weight", "smoothing_scale", "threshold_losses"]
 
 SMALLEST_THRESHOLD = 0.1
 THRESHOLD_STEP = 0.5
 MIN_STEPS = 100
 
 STACKED_WEIGHT_BYTES = 2**29
+TOKENS_AT_ONCE = 8192
 """Rounded candidate weights that are held at a time; more candidates take another pass over the inputs."""
 
 
@@ -122,8 +123,8 @@ def threshold_losses(
 ) -> Float64[Tensor, " C"]:
     """Return L of each threshold.
 
-    Sequences are the outer loop: each is loaded once, and its exact output computed once, for all candidates whose
-    rounded weights fit into the memory budget.
+    Batches of sequences are the outer loop: each is loaded once, and its exact output computed once, for all
+    candidates whose rounded weights fit into the memory budget.
 
     Raises:
         CalibrationError: There is no sequence, or an error is not finite.
@@ -135,15 +136,15 @@ def threshold_losses(
     num_at_once = max(1, STACKED_WEIGHT_BYTES // (weight_NK.numel() * weight_NK.element_size()))
     for start in range(0, len(thresholds), num_at_once):
         scales = [smoothing_scale(input_max, tau) for tau in thresholds[start : start + num_at_once]]
-        weights = [_round_weight(weight_NK * scale_K, problem.granularity, problem.bits) for scale_K in scales]
-        for sequence_index in range(inputs_BTK.shape[0]):
-            x_1TK = inputs_BTK[sequence_index : sequence_index + 1].to(weight_NK.device)
-            target = problem.evaluate(x_1TK, weight_NK)
+        weights = [round_weight(weight_NK * scale_K, problem.granularity, problem.bits) for scale_K in scales]
+        for batch_BTK in inputs_BTK.split(max(1, TOKENS_AT_ONCE // inputs_BTK.shape[1])):
+            x_BTK = batch_BTK.to(weight_NK.device)
+            target = problem.evaluate(x_BTK, weight_NK)
             for index, (scale_K, rounded_NK) in enumerate(zip(scales, weights, strict=True), start):
-                smooth_1TK = x_1TK / scale_K
+                smooth_BTK = x_BTK / scale_K
                 if problem.activations is not None:
-                    smooth_1TK = problem.activations.fake_quantize(smooth_1TK)
-                error = problem.evaluate(smooth_1TK, rounded_NK) - target
+                    smooth_BTK = problem.activations.fake_quantize(smooth_BTK)
+                error = problem.evaluate(smooth_BTK, rounded_NK) - target
                 losses_C[index] += error.square().sum(dtype=torch.float64)
     losses_C /= num_tokens
     if not num_tokens or not bool(torch.isfinite(losses_C).all()):
@@ -159,7 +160,7 @@ def threshold_losses(
     return losses_C
 
 
-def _round_weight(weight: Float[Tensor, "N K"], granularity: Granularity, bits: int) -> Float[Tensor, "N K"]:
+def round_weight(weight: Float[Tensor, "N K"], granularity: Granularity, bits: int) -> Float[Tensor, "N K"]:
     """Round to the nearest of the symmetric levels between the maxima of each row or group."""
     number_format = Integer(bits, narrow=True)
     values = granularity.split(weight)

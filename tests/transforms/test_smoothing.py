@@ -179,7 +179,7 @@ def test_loss_is_the_mean_over_tokens_of_summed_squares(make_problem):
 
 def test_each_target_is_computed_and_each_weight_rounded_once(make_problem, monkeypatch):
     evaluated, rounded = [], []
-    round_weight = smoothing._round_weight
+    round_weight = smoothing.round_weight
 
     def evaluate(x, w):
         evaluated.append(w)
@@ -189,12 +189,13 @@ def test_each_target_is_computed_and_each_weight_rounded_once(make_problem, monk
         rounded.append(arguments)
         return round_weight(*arguments)
 
-    monkeypatch.setattr(smoothing, "_round_weight", count_rounding)
+    monkeypatch.setattr(smoothing, "round_weight", count_rounding)
     problem = make_problem(evaluate=evaluate, num_sequences=3)
+    monkeypatch.setattr(smoothing, "TOKENS_AT_ONCE", 2 * problem.inputs.shape[1])
     SMALL.find(problem)
     assert len(rounded) == 25
-    assert len(evaluated) == 3 * (25 + 1)
-    assert sum(weight is problem.weight for weight in evaluated) == 3
+    assert len(evaluated) == 2 * (25 + 1), "three sequences make two batches"
+    assert sum(weight is problem.weight for weight in evaluated) == 2
 
 
 def test_losses_do_not_depend_on_the_memory_budget(make_problem, monkeypatch):
