@@ -4,7 +4,7 @@
 import torch
 from torch import Tensor
 
-__all__ = ["quantize_tokens"]
+__all__ = ["quantize_tokens", "rms_norm_quantize_tokens", "silu_mul_quantize_tokens"]
 
 
 def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -22,3 +22,23 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     codes_MK = torch.round(ratio_MK).clamp(-127, 127)
     codes_MK = torch.where(is_regular_M[:, None], codes_MK, 0.0).to(torch.int8).contiguous()
     return codes_MK, scale_M
+
+
+def rms_norm_quantize_tokens(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return codes and scales of the normalized tokens, and the tokens with the residual added.
+
+    hidden = x + residual, rounded to the dtype of x; n = hidden * rsqrt(mean hidden^2 + eps) * weight in float32,
+    quantized without rounding n to the dtype of x in between.
+    """
+    hidden = x.clone() if residual is None else (x.float() + residual.float()).to(x.dtype)
+    hidden_MK = hidden.float()
+    inverse_M = torch.rsqrt(hidden_MK.square().mean(dim=1) + eps)
+    codes, scale = quantize_tokens(hidden_MK * inverse_M[:, None] * weight.float())
+    return codes, scale, hidden.contiguous()
+
+
+def silu_mul_quantize_tokens(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Return codes and scales of silu(gate) * up, computed in float32."""
+    return quantize_tokens(torch.nn.functional.silu(gate.float()) * up.float())

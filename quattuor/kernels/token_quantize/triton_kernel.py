@@ -1,63 +1,200 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operation in Triton: one program per token, bit for bit the reference."""
+"""The operations in Triton: one program per token. Plain quantization gives the bits of the reference."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-__all__ = ["quantize_tokens"]
+__all__ = ["quantize_tokens", "rms_norm_quantize_tokens", "silu_mul_quantize_tokens"]
 
-#: Elements that a program holds in registers at once; longer tokens are read twice.
+#: Elements that a program holds in registers at once; longer tokens are walked in several steps.
 MAX_BLOCK = 8192
 
 
 @triton.jit
-def absolute(x, column, K):
-    """float32 magnitudes of part of a token, NaN replaced by infinity so that a maximum keeps it."""
-    value = tl.abs(tl.load(x + column, mask=column < K, other=0.0).to(tl.float32))
-    return tl.where(value == value, value, float("inf"))
+def load_row(pointer, column, K):
+    """Part of a token in float32, zero beyond its end."""
+    return tl.load(pointer + column, mask=column < K, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def magnitude(value):
+    """Absolute values, NaN replaced by infinity so that a maximum keeps it."""
+    return tl.where(value == value, tl.abs(value), float("inf"))
+
+
+@triton.jit
+def step_size(absmax):
+    """absmax / 127, NaN when a token is not finite."""
+    return tl.where(absmax < float("inf"), tl.div_rn(absmax, 127.0), float("nan"))
+
+
+@triton.jit
+def round_codes(value, step):
+    """clamp(rne(value / step), -127, 127); zero where the step is zero or NaN."""
+    is_regular = step > 0.0
+    divisor = tl.zeros_like(value) + tl.where(is_regular, step, 1.0)
+    ratio = tl.minimum(tl.maximum(tl.div_rn(value, divisor), -127.0), 127.0)
+    # adding and subtracting 1.5 * 2^23 rounds to the nearest integer, halves to even
+    rounded = (ratio + 12582912.0) - 12582912.0
+    return tl.where(is_regular, rounded, 0.0).to(tl.int8)
 
 
 @triton.jit
 def token_quantize_kernel(x, codes, scale, K, stride_x, BLOCK: tl.constexpr):
-    """Codes and scale of one token; the token is read a second time from L2 when it exceeds BLOCK."""
+    """Codes and scale of one token."""
     token = tl.program_id(0).to(tl.int64)
     x += token * stride_x
     column = tl.arange(0, BLOCK)
-    largest = absolute(x, column, K)
+    largest = magnitude(load_row(x, column, K))
     for start in range(BLOCK, K, BLOCK):
-        largest = tl.maximum(largest, absolute(x, start + column, K))
-    absmax = tl.max(largest)
-    is_finite = absmax < float("inf")
-    step = tl.where(is_finite, tl.div_rn(absmax, 127.0), float("nan"))
+        largest = tl.maximum(largest, magnitude(load_row(x, start + column, K)))
+    step = step_size(tl.max(largest))
     tl.store(scale + token, step)
-    is_regular = step > 0.0  # false for zero and for NaN
-    divisor = tl.where(is_regular, step, 1.0)
     for start in range(0, K, BLOCK):
-        inside = start + column < K
-        value = tl.load(x + start + column, mask=inside, other=0.0).to(tl.float32)
-        ratio = tl.div_rn(value, tl.zeros_like(value) + divisor)
-        ratio = tl.minimum(tl.maximum(ratio, -127.0), 127.0)
-        # adding and subtracting 1.5 * 2^23 rounds to the nearest integer, halves to even
-        rounded = (ratio + 12582912.0) - 12582912.0
-        rounded = tl.where(is_regular, rounded, 0.0)
-        tl.store(codes + token * K + start + column, rounded.to(tl.int8), mask=inside)
+        at = start + column
+        tl.store(codes + token * K + at, round_codes(load_row(x, at, K), step), mask=at < K)
+
+
+@triton.jit
+def normalized(hidden, weight, column, inverse, K):
+    """hidden * inverse * weight, in this order."""
+    return load_row(hidden, column, K) * inverse * load_row(weight, column, K)
+
+
+@triton.jit
+def rms_norm_quantize_kernel(
+    x,
+    residual,
+    weight,
+    hidden,
+    codes,
+    scale,
+    K,
+    stride_x,
+    stride_residual,
+    eps,
+    HAS_RESIDUAL: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Residual sum, codes and scale of one normalized token; each thread re-reads only what it wrote."""
+    token = tl.program_id(0).to(tl.int64)
+    x += token * stride_x
+    residual += token * stride_residual
+    hidden += token * K
+    column = tl.arange(0, BLOCK)
+    squares = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, K, BLOCK):
+        at = start + column
+        value = load_row(x, at, K)
+        if HAS_RESIDUAL:
+            value += load_row(residual, at, K)
+        rounded = value.to(hidden.dtype.element_ty)
+        tl.store(hidden + at, rounded, mask=at < K)
+        value = rounded.to(tl.float32)
+        squares += value * value
+    inverse = tl.rsqrt(tl.sum(squares) / K + eps)
+    largest = tl.zeros((BLOCK,), dtype=tl.float32)
+    for start in range(0, K, BLOCK):
+        largest = tl.maximum(largest, magnitude(normalized(hidden, weight, start + column, inverse, K)))
+    step = step_size(tl.max(largest))
+    tl.store(scale + token, step)
+    for start in range(0, K, BLOCK):
+        at = start + column
+        value = round_codes(normalized(hidden, weight, at, inverse, K), step)
+        tl.store(codes + token * K + at, value, mask=at < K)
+
+
+@triton.jit
+def gated(gate, up, column, K):
+    """silu(gate) * up."""
+    value = load_row(gate, column, K)
+    return value / (1.0 + tl.exp(-value)) * load_row(up, column, K)
+
+
+@triton.jit
+def silu_mul_quantize_kernel(gate, up, codes, scale, K, stride_gate, stride_up, BLOCK: tl.constexpr):
+    """Codes and scale of one gated token."""
+    token = tl.program_id(0).to(tl.int64)
+    gate += token * stride_gate
+    up += token * stride_up
+    column = tl.arange(0, BLOCK)
+    largest = magnitude(gated(gate, up, column, K))
+    for start in range(BLOCK, K, BLOCK):
+        largest = tl.maximum(largest, magnitude(gated(gate, up, start + column, K)))
+    step = step_size(tl.max(largest))
+    tl.store(scale + token, step)
+    for start in range(0, K, BLOCK):
+        at = start + column
+        tl.store(codes + token * K + at, round_codes(gated(gate, up, at, K), step), mask=at < K)
+
+
+def outputs(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Return uninitialized codes and scales for tokens of this shape."""
+    codes = torch.empty(x.shape, dtype=torch.int8, device=x.device)
+    return codes, torch.empty(x.shape[0], dtype=torch.float32, device=x.device)
+
+
+def rows_contiguous(x: Tensor) -> Tensor:
+    """Return the tokens with their elements next to each other; rows may lie apart."""
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def block_options(in_features: int) -> dict[str, int]:
+    """Return the block that covers a token or the largest allowed, with warps to match."""
+    block = min(MAX_BLOCK, max(128, triton.next_power_of_2(in_features)))
+    return {"BLOCK": block, "num_warps": max(1, min(8, block // 512))}
 
 
 def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Return int8 codes and float32 scales of tokens [M, K], as the reference does."""
+    """Return int8 codes and float32 scales of tokens [M, K], bit for bit those of the reference."""
+    codes, scale = outputs(x)
     num_tokens, in_features = x.shape
-    codes = torch.empty(num_tokens, in_features, dtype=torch.int8, device=x.device)
-    scale = torch.empty(num_tokens, dtype=torch.float32, device=x.device)
-    if num_tokens == 0:
-        return codes, scale
     if in_features == 0:
         return codes, scale.zero_()
-    if x.stride(1) != 1:
-        x = x.contiguous()
-    block = min(MAX_BLOCK, max(128, triton.next_power_of_2(in_features)))
-    token_quantize_kernel[(num_tokens,)](
-        x, codes, scale, in_features, x.stride(0), BLOCK=block, num_warps=max(1, min(8, block // 512))
-    )
+    if num_tokens:
+        x = rows_contiguous(x)
+        token_quantize_kernel[(num_tokens,)](
+            x, codes, scale, in_features, x.stride(0), **block_options(in_features)
+        )
+    return codes, scale
+
+
+def rms_norm_quantize_tokens(
+    x: Tensor, weight: Tensor, eps: float, residual: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Return what the reference returns, up to the order of the sum of squares."""
+    codes, scale = outputs(x)
+    hidden = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    num_tokens, in_features = x.shape
+    if num_tokens:
+        x = rows_contiguous(x)
+        other = x if residual is None else rows_contiguous(residual)
+        rms_norm_quantize_kernel[(num_tokens,)](
+            x,
+            other,
+            weight.contiguous(),
+            hidden,
+            codes,
+            scale,
+            in_features,
+            x.stride(0),
+            other.stride(0),
+            eps,
+            HAS_RESIDUAL=residual is not None,
+            **block_options(in_features),
+        )
+    return codes, scale, hidden
+
+
+def silu_mul_quantize_tokens(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+    """Return what the reference returns, up to the rounding of the exponential."""
+    codes, scale = outputs(gate)
+    num_tokens, in_features = gate.shape
+    if num_tokens:
+        gate, up = rows_contiguous(gate), rows_contiguous(up)
+        silu_mul_quantize_kernel[(num_tokens,)](
+            gate, up, codes, scale, in_features, gate.stride(0), up.stride(0), **block_options(in_features)
+        )
     return codes, scale

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from quattuor.errors import InputError
-from quattuor.kernels.token_quantize import token_quantize
+from quattuor.kernels.token_quantize import rms_norm_quantize, silu_mul_quantize, token_quantize
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -61,6 +61,57 @@ def test_wrong_inputs_are_refused():
         token_quantize(torch.zeros(2, 8, dtype=torch.int8))
 
 
-def test_framework_operator_check():
-    results = torch.library.opcheck(torch.ops.quattuor.token_quantize, (torch.randn(3, 8),))
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(0, 8), (3, 127), (17, 1025)])
+@pytest.mark.parametrize("has_residual", [False, True])
+def test_rms_norm_is_fused_in_the_right_order(dtype, shape, has_residual):
+    x, residual = torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)
+    weight = torch.randn(shape[1])
+    codes, scale, hidden = rms_norm_quantize(x, weight, 1e-6, residual if has_residual else None)
+    assert torch.equal(hidden, x + residual if has_residual else x)
+    assert hidden.data_ptr() != x.data_ptr() or shape[0] == 0
+    exact = torch.nn.functional.rms_norm(hidden.double(), shape[1:], weight.double(), 1e-6)
+    error = (codes.double() * scale.double()[:, None] - exact).abs()
+    assert (error <= 0.5001 * scale[:, None]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_silu_mul_takes_halves_of_one_tensor(dtype):
+    both = torch.randn(9, 200).to(dtype)
+    gate, up = both.chunk(2, dim=1)
+    codes, scale = silu_mul_quantize(gate, up)
+    exact = torch.nn.functional.silu(gate.double()) * up.double()
+    assert ((codes.double() * scale.double()[:, None] - exact).abs() <= 0.5001 * scale[:, None]).all()
+    assert (codes.abs().amax(dim=1) == 127).all()
+
+
+def test_wrong_inputs_of_fused_functions_are_refused():
+    x, weight = torch.randn(2, 8), torch.ones(8)
+    for match, arguments in {
+        r"x\.dim": (x[0], weight, 1e-6),
+        r"weight\.shape": (x, weight[:7], 1e-6),
+        r"weight\.dtype": (x, weight.int(), 1e-6),
+        "eps=0": (x, weight, 0.0),
+        r"residual\.shape": (x, weight, 1e-6, x[:1]),
+        r"residual\.dtype": (x, weight, 1e-6, x.half()),
+    }.items():
+        with pytest.raises(InputError, match=match):
+            rms_norm_quantize(*arguments)
+    with pytest.raises(InputError, match=r"up\.shape"):
+        silu_mul_quantize(x, x[:, :4])
+    with pytest.raises(InputError, match=r"up\.device"):
+        silu_mul_quantize(x, x.to("meta"))
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("token_quantize", (torch.randn(3, 8),)),
+        ("rms_norm_quantize", (torch.randn(3, 8), torch.ones(8), 1e-6, torch.randn(3, 8))),
+        ("rms_norm_quantize", (torch.randn(3, 8), torch.ones(8), 1e-6, None)),
+        ("silu_mul_quantize", (torch.randn(3, 8), torch.randn(3, 8))),
+    ],
+)
+def test_framework_operator_check(name, arguments):
+    results = torch.library.opcheck(getattr(torch.ops.quattuor, name), arguments)
     assert set(results.values()) == {"SUCCESS"}

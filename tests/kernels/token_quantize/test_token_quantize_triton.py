@@ -13,6 +13,10 @@ from quattuor.kernels import token_quantize
 
 pytest.importorskip("triton")
 
+from ahead_of_time import compile_kernel
+
+from quattuor.kernels.token_quantize import reference, triton_kernel
+
 
 def test_interpreted_kernel_equals_the_reference():
     program = Path(__file__).with_name("interpreted_token_quantize.py")
@@ -22,13 +26,55 @@ def test_interpreted_kernel_equals_the_reference():
     assert result.stdout.count("equal") == 12
 
 
+KERNELS = {
+    "token_quantize_kernel": {"x": "*fp16", "codes": "*i8", "scale": "*fp32", "K": "i32", "stride_x": "i32"},
+    "rms_norm_quantize_kernel": {
+        "x": "*fp16",
+        "residual": "*fp16",
+        "weight": "*fp16",
+        "hidden": "*fp16",
+        "codes": "*i8",
+        "scale": "*fp32",
+        "K": "i32",
+        "stride_x": "i32",
+        "stride_residual": "i32",
+        "eps": "fp32",
+    },
+    "silu_mul_quantize_kernel": {
+        "gate": "*fp16",
+        "up": "*fp16",
+        "codes": "*i8",
+        "scale": "*fp32",
+        "K": "i32",
+        "stride_gate": "i32",
+        "stride_up": "i32",
+    },
+}
+
+
+@pytest.mark.parametrize("name", list(KERNELS))
+@pytest.mark.parametrize("capability", [80, 90])
+def test_machine_code(name, capability):
+    kernel, signature = getattr(triton_kernel, name), KERNELS[name]
+    constants = {"BLOCK": 8192} | ({"HAS_RESIDUAL": True} if "residual" in signature else {})
+    binary = compile_kernel(
+        kernel,
+        signature,
+        constants,
+        capability=capability,
+        divisible=[argument for argument in signature if argument != "eps"],
+        num_warps=8,
+    )
+    assert binary.stack_bytes == 0
+    assert binary.count("STL") == binary.count("LDL") == 0
+    assert binary.count(r"LDG\.E\.128") > 0  # 16 bytes per thread
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("shape", [(0, 8), (1, 1), (3, 127), (17, 4096), (5, 28672), (300, 11008)])
 def test_gpu_kernel_equals_the_reference(dtype, shape):
-    from quattuor.kernels.token_quantize import reference
-
     x = torch.randn(shape, device="cuda").to(dtype)
     if shape[0] > 4:
         x[1] = 0
@@ -37,3 +83,25 @@ def test_gpu_kernel_equals_the_reference(dtype, shape):
         x[4] = 2.0**-149
     for fast, exact in zip(token_quantize.token_quantize(x), reference.quantize_tokens(x), strict=True):
         assert torch.equal(fast.nan_to_num(-1.0), exact.nan_to_num(-1.0))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (3, 127), (17, 4096), (5, 28672)])
+def test_fused_gpu_kernels_are_close_to_the_reference(dtype, shape):
+    x, other = (torch.randn(shape, device="cuda").to(dtype) for _ in range(2))
+    weight = torch.randn(shape[1], device="cuda")
+    pairs = [
+        (token_quantize.silu_mul_quantize(x, other), reference.silu_mul_quantize_tokens(x, other)),
+        (
+            token_quantize.rms_norm_quantize(x, weight, 1e-6, other),
+            reference.rms_norm_quantize_tokens(x, weight, 1e-6, other),
+        ),
+    ]
+    for found, expected in pairs:
+        assert ((found[1] - expected[1]).abs() <= 8 * 2.0**-23 * expected[1].abs()).all()
+        difference = (found[0].int() - expected[0].int()).abs()
+        assert difference.numel() == 0 or difference.max() <= 1
+        assert (difference > 0).float().sum() <= 0.01 * difference.numel()
+    assert torch.equal(pairs[1][0][2], pairs[1][1][2])
