@@ -8,6 +8,7 @@ records by `benchmarks/report.py`; no figure is quoted without one.
 
 import json
 import math
+import os
 import re
 import shlex
 import subprocess
@@ -114,8 +115,8 @@ def _command_line() -> str:
 def _commit() -> str:
     """Return the commit, with "-dirty" when tracked files other than records and docs differ from it."""
     revision = _git("rev-parse", "HEAD")
-    if revision is None:
-        return "unknown"
+    if revision is None:  # a copy without history, as on a machine that only measures
+        return os.environ.get("QUATTUOR_COMMIT", "unknown")
     changes = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":!benchmarks/results", ":!docs")
     return revision + ("-dirty" if changes else "")
 

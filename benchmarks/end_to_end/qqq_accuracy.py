@@ -4,12 +4,13 @@
     python -m benchmarks.end_to_end.qqq_accuracy MODEL [--data DIR] [--device cuda] [--only NAME ...]
 
 DIR holds `passages.txt` (calibration) and `wikitext2_test.txt` (evaluation). Every variant starts from the same
-float32 model, is calibrated on the same windows and evaluated on the same windows of 2048 tokens: the first 16, and
-the whole test set.
+float32 model and is calibrated on the same windows. All are evaluated on the first 16 windows of 2048 tokens, the
+main ones on the whole test set as well.
 """
 
 import argparse
 import copy
+import dataclasses
 import os
 import time
 from collections.abc import Callable
@@ -26,9 +27,11 @@ from quattuor.evaluation.perplexity import perplexity
 from quattuor.quantize import quantize
 from quattuor.recipe import Recipe
 from quattuor.systems import qqq, rtn
+from quattuor.transforms import AdaptiveSmoothing
 
 LENGTH = 2048
 FIRST_WINDOWS = 16
+THRESHOLDS, SEQUENCES = 41, 32
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,13 +42,18 @@ class Variant:
     group_size: int | None
     variant: str
     recipe: Callable[[], Recipe] | None
+    is_main: bool = False
 
 
-def both(variant: str, **options: Any) -> list[Variant]:
+def both(variant: str, *, is_main: bool = False, **options: Any) -> list[Variant]:
     """Return QQQ with these options, per channel and per group of 64."""
     return [
         Variant(
-            system="qqq", group_size=size, variant=variant, recipe=lambda size=size: qqq(group_size=size, **options)
+            system="qqq",
+            group_size=size,
+            variant=variant,
+            recipe=lambda size=size: qqq(group_size=size, **options),
+            is_main=is_main,
         )
         for size in (None, 64)
     ]
@@ -53,7 +61,7 @@ def both(variant: str, **options: Any) -> list[Variant]:
 
 def variants() -> list[Variant]:
     """List what is measured: the baselines, the default, and each choice changed alone."""
-    listed = [Variant(system="none", group_size=None, variant="fp32", recipe=None)]
+    listed = [Variant(system="none", group_size=None, variant="fp32", recipe=None, is_main=True)]
     for size in (None, 64):
         listed.append(
             Variant(
@@ -61,18 +69,19 @@ def variants() -> list[Variant]:
                 group_size=size,
                 variant="rounding",
                 recipe=lambda size=size: rtn(group_size=size, activation_bits=8),
+                is_main=True,
             )
         )
-    listed += both("default")
+    listed += both("default", is_main=True)
+    listed += both("no coordinate descent", is_main=True, num_passes=0)
+    listed += both("targets of the original model", is_main=True, correct_targets=True, sequential=True)
+    listed += both("sequential sites", sequential=True)
     listed += both("no rotation", rotation=False)
-    listed += both("smoothing instead of rotation", rotation=False, smoothing=True)
-    listed += both("rotation and smoothing", smoothing=True)
     listed += both("positive scales only", choose_sign=False)
     listed += both("no clip search", clip="none")
     listed += both("clip by plain squared error", clip="plain")
     listed += both("original inputs", inputs="original")
     listed += both("quantized inputs, not rounded", inputs="quantized")
-    listed += both("sequential sites", sequential=True)
     listed.append(
         Variant(
             system="qqq",
@@ -81,7 +90,24 @@ def variants() -> list[Variant]:
             recipe=lambda: qqq(group_size=64, integer_group_scales=False),
         )
     )
+    for name, rotation in (("smoothing instead of rotation", False), ("rotation and smoothing", True)):
+        for size in (None, 64):
+            listed.append(
+                Variant(
+                    system="qqq",
+                    group_size=size,
+                    variant=f"{name}, {THRESHOLDS} thresholds on {SEQUENCES} sequences",
+                    recipe=lambda size=size, rotation=rotation: smoothed(size, rotation),
+                )
+            )
     return listed
+
+
+def smoothed(group_size: int | None, rotation: bool) -> Recipe:
+    """Return QQQ with smoothing searched over fewer thresholds and sequences than the system's default."""
+    recipe = qqq(group_size=group_size, rotation=rotation)
+    smoothing = AdaptiveSmoothing(num_candidates=THRESHOLDS, max_sequences=SEQUENCES)
+    return dataclasses.replace(recipe, transforms=(*recipe.transforms, smoothing))
 
 
 def main() -> None:
@@ -114,8 +140,10 @@ def main() -> None:
         name = f"{item.system} {item.variant} g{item.group_size}"
         if arguments.only and not any(part in name for part in arguments.only):
             continue
-        rows += measure(item, original, calibration, windows, arguments.device)
-        print(name, *(f"{row['windows']}: {row['perplexity']:.3f}" for row in rows[-2:]), flush=True)
+        measured = measure(item, original, calibration, windows, arguments.device)
+        rows += measured
+        shown = (f"{row['windows']}: {row['perplexity']:.3f}" for row in measured)
+        print(name, *shown, f"{measured[0]['seconds']:.1f} s", flush=True)
         record.write(arguments.record, rows)
 
 
@@ -125,17 +153,18 @@ def measure(
     """Quantize a copy of the model and return its two rows."""
     model = copy.deepcopy(original).to(device)
     start = time.perf_counter()
-    bits, bits_per_weight = 16, 32.0
+    bits, bits_per_weight = 32, 32.0
     if item.recipe is not None:
-        report = quantize(model, item.recipe(), calibration, storage=device)
+        report = quantize(model, item.recipe(), calibration, storage=device, kernel="float32")
         bits = 4
         bits_per_weight = sum(layer.bits_per_weight * layer.num_weights for layer in report.layers) / sum(
             layer.num_weights for layer in report.layers
         )
     seconds = time.perf_counter() - start
     rows = []
-    for label, part in (("first 16", windows[:FIRST_WINDOWS]), ("all", windows)):
-        result = perplexity(model, part, batch_size=4)
+    parts = [("first 16", windows[:FIRST_WINDOWS])] + ([("all", windows)] if item.is_main else [])
+    for label, part in parts:
+        result = perplexity(model, part, batch_size=8)
         rows.append(
             {
                 "system": item.system,

@@ -8,7 +8,7 @@ from quattuor.formats import Integer, TwoLevelInteger
 from quattuor.granularity import PerChannel, PerGroup
 from quattuor.recipe import InputPolicy, Recipe
 from quattuor.scales import ClipSearch, TwoLevel
-from quattuor.solvers import GPTQ, WeightQuantizer
+from quattuor.solvers import GPTQ, CoordinateDescent, Solver, TargetCorrection, WeightQuantizer
 from quattuor.transforms import AdaptiveSmoothing, FoldNorms, RotateHeads, RotateResidual
 from quattuor.transforms.base import Transform
 
@@ -25,6 +25,8 @@ def qqq(
     integer_group_scales: bool = True,
     clip: Literal["none", "plain", "weighted"] = "weighted",
     inputs: InputPolicy = "rounded",
+    num_passes: int = 2,
+    correct_targets: bool = False,
     sequential: bool = False,
     damping: float = 0.01,
 ) -> Recipe:
@@ -39,6 +41,8 @@ def qqq(
         integer_group_scales: Round group scales to integers, so that nothing is rounded twice.
         clip: Search smaller ranges by the error weighted with the Hessian's diagonal, by the plain one, or not.
         inputs: What the Hessian is computed from, see `Recipe.inputs`.
+        num_passes: Passes of coordinate descent, with a gain per channel, after the column feedback; 0 for none.
+        correct_targets: Aim at the original model's outputs; needs `sequential`.
         sequential: Collect each site after the earlier ones of its block are quantized.
         damping: Added to the Hessian's diagonal, as a fraction of its mean.
 
@@ -54,6 +58,11 @@ def qqq(
     if clip == "none":
         search = ClipSearch(num_steps=1, smallest=1.0, choose_sign=choose_sign)
     per_channel = group_size is None
+    solver: Solver = GPTQ(damping=damping)
+    if num_passes:
+        solver = CoordinateDescent(start=solver, num_passes=num_passes, damping=damping)
+    if correct_targets:
+        solver = TargetCorrection(inner=solver, damping=damping)
     return Recipe(
         systems=("qqq",),
         transforms=transforms,
@@ -61,7 +70,7 @@ def qqq(
             number_format=Integer(bits, narrow=not choose_sign) if per_channel else TwoLevelInteger(bits),
             granularity=PerChannel() if group_size is None else PerGroup(group_size),
             scales=search if per_channel else TwoLevel(inner=search, integer=integer_group_scales),
-            solver=GPTQ(damping=damping),
+            solver=solver,
         ),
         activations=DynamicQuantizer(),
         inputs=inputs,
