@@ -42,7 +42,7 @@ def main() -> None:
     """Compare it with plain rounding to the same bits, by the change of the logits."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=256, hidden_size=64, intermediate_size=192, num_hidden_layers=2, num_attention_heads=4
+        vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4
     )
     original = AutoModelForCausalLM.from_config(config).eval()
     tokens = torch.randint(config.vocab_size, (32, 64))

@@ -16,7 +16,7 @@ from quattuor.systems import qqq
 CONFIG = LlamaConfig(
     vocab_size=256,
     hidden_size=64,
-    intermediate_size=192,
+    intermediate_size=128,
     num_hidden_layers=2,
     num_attention_heads=4,
     num_key_value_heads=2,

@@ -18,13 +18,17 @@ from typing import Any
 import pytest
 import typer
 from test_import_rows import EXCEPTIONS, ROWS
+from tiny_models import tiny_model, tiny_tokenizer
 
 from quattuor.checkpoints import CHECKPOINTS
 from quattuor.cli import app
 from quattuor.cli_arguments import build_recipe, describe_parameters
+from quattuor.errors import InputError
+from quattuor.granularity import PerGroup
 from quattuor.models import DESCRIPTIONS
 from quattuor.recipe import Recipe
 from quattuor.systems import SYSTEMS
+from quattuor.transforms.smoothing import smoothing_scale
 
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
@@ -243,9 +247,9 @@ def test_commands_are_accepted(page: Path) -> None:
 
 
 def test_python_of_the_readme_runs(tmp_path: Path) -> None:
-    from tiny_models import save_tiny
-
-    save_tiny(tmp_path / "path" / "to" / "model", "llama")
+    folder = tmp_path / "path" / "to" / "model"
+    tiny_model("llama", num_hidden_layers=1).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
     quantize, load = listings(ROOT / "README.md", "python")
     with inside(tmp_path):
         exec(quantize, {})
@@ -264,6 +268,17 @@ def test_system_of_the_contributing_guide_is_one() -> None:
     assert recipe.systems == (system.__name__,)
     assert Recipe.from_dict(recipe.to_dict()) == recipe
     assert len(listing.splitlines()) <= 100
+
+
+def test_quotations_of_the_conventions() -> None:
+    text = (ROOT / "docs" / "conventions.md").read_text(encoding="utf-8")
+    with pytest.raises(InputError) as caught:
+        PerGroup(96).num_groups(4096)
+    assert f"    {caught.value}\n" in text, "the error message is another one by now"
+    assert inspect.getsource(inspect.unwrap(smoothing_scale)).splitlines()[:2] == [
+        line.removeprefix("    ")
+        for line in re.findall(r"^ {4}def smoothing_scale.*\n.*$", text, re.MULTILINE)[0].splitlines()
+    ]
 
 
 def test_pages_of_systems_and_formats() -> None:
