@@ -5,11 +5,19 @@ Triton decides when a kernel is decorated whether it is compiled or interpreted,
 that imports this module first.
 """
 
+import importlib.util
 import os
+import sys
+import types
 
 os.environ["TRITON_INTERPRET"] = "1"
 
-from triton.runtime import interpreter
+# The kernels need nothing of the package but its errors: skip the imports of its public interface.
+package = types.ModuleType("quattuor")
+package.__path__ = list(importlib.util.find_spec("quattuor").submodule_search_locations)
+sys.modules["quattuor"] = package
+
+from triton.runtime import interpreter  # noqa: E402  (reads the environment)
 
 original = interpreter._patch_lang_tensor
 

@@ -39,10 +39,10 @@ def main() -> None:
     """Print a line for each case; fail at the first that differs."""
     triton_kernel.MAX_BLOCK = 256  # so that long tokens are cheap to interpret
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
-        for in_features in (1, 100, 256, 1000):
+        for in_features in (1, 600):
             x, other = tokens(in_features, dtype, 0), tokens(in_features, dtype, 1)
             weight = torch.randn(in_features, generator=torch.Generator().manual_seed(2))
-            for a, b in ((x, other), (x.T.contiguous().T, other), (x[::2], other[::2])):
+            for a, b in ((x.T.contiguous().T, other), (x[::2], other[::2])):
                 assert same(triton_kernel.quantize_tokens(a), reference.quantize_tokens(a)), (dtype, in_features)
                 for residual in (None, b):
                     found = triton_kernel.rms_norm_quantize_tokens(a, weight, 1e-5, residual)

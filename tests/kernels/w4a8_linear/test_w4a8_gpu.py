@@ -18,7 +18,7 @@ pytestmark = [
 NAMES = [item.name for item in IMPLEMENTATIONS if item.name != "reference"]
 
 
-def compare(made, name, x_codes, x_scale, bias, out_dtype):
+def assert_equal_bits(made, name, x_codes, x_scale, bias, out_dtype):
     """Assert equal bits of an implementation and the reference; skip what the implementation refuses."""
     problem = dataclasses.replace(made.problem, **describe_device("cuda"))
     by_name = {item.name: item for item in IMPLEMENTATIONS}
@@ -47,7 +47,7 @@ def test_widths(layer, inputs, name, bits, group_size, integer, num_tokens):
     made = layer(391, 1296, bits=bits, group_size=group_size, integer=integer, seed=num_tokens, device="cuda")
     x_codes, x_scale = inputs(num_tokens, 1296, seed=bits, device="cuda")
     bias = torch.randn(391, device="cuda", dtype=torch.float16)
-    compare(made, name, x_codes, x_scale, bias, torch.float16)
+    assert_equal_bits(made, name, x_codes, x_scale, bias, torch.float16)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -60,7 +60,7 @@ def test_sizes(layer, inputs, name, out_dtype, num_tokens, out_features, in_feat
             out_features, in_features, group_size=group_size, integer=group_size is not None, device="cuda"
         )
         x_codes, x_scale = inputs(num_tokens, in_features, device="cuda")
-        compare(made, name, x_codes, x_scale, None, out_dtype)
+        assert_equal_bits(made, name, x_codes, x_scale, None, out_dtype)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -70,7 +70,7 @@ def test_strides(layer, inputs, name, num_tokens):
     x_codes, x_scale = inputs(2 * num_tokens, 768, device="cuda")
     wide = torch.cat((x_codes, x_codes), dim=1)
     for strided in (x_codes[::2], wide[::2, :768], wide[::2, 5:773], x_codes.T.contiguous().T[::2]):
-        compare(made, name, strided, x_scale[::2], None, torch.float16)
+        assert_equal_bits(made, name, strided, x_scale[::2], None, torch.float16)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -82,7 +82,7 @@ def test_extremes(layer, inputs, name, code, x_code):
         made.codes.fill_(code)
         x_codes, x_scale = inputs(num_tokens, 28672, device="cuda")
         x_codes.fill_(x_code)
-        compare(made, name, x_codes, x_scale, None, torch.float32)
+        assert_equal_bits(made, name, x_codes, x_scale, None, torch.float32)
 
 
 @pytest.mark.parametrize("name", NAMES)
