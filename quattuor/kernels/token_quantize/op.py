@@ -45,7 +45,8 @@ torch.library.define("quattuor::silu_mul_quantize", "(Tensor gate, Tensor up) ->
 @torch.library.impl("quattuor::token_quantize", "CompositeExplicitAutograd")
 def token_quantize_op(x: Tensor) -> tuple[Tensor, Tensor]:
     """Quantize tokens [M, K]; `token_quantize` checks the argument."""
-    return implementation(x.device).quantize_tokens(x)
+    with torch.cuda.device_of(x):
+        return implementation(x.device).quantize_tokens(x)
 
 
 @torch.library.impl("quattuor::rms_norm_quantize", "CompositeExplicitAutograd")
@@ -53,13 +54,15 @@ def rms_norm_quantize_op(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Add, normalize and quantize tokens [M, K]; `rms_norm_quantize` checks the arguments."""
-    return implementation(x.device).rms_norm_quantize_tokens(x, weight, eps, residual)
+    with torch.cuda.device_of(x):
+        return implementation(x.device).rms_norm_quantize_tokens(x, weight, eps, residual)
 
 
 @torch.library.impl("quattuor::silu_mul_quantize", "CompositeExplicitAutograd")
 def silu_mul_quantize_op(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Gate and quantize tokens [M, K]; `silu_mul_quantize` checks the arguments."""
-    return implementation(gate.device).silu_mul_quantize_tokens(gate, up)
+    with torch.cuda.device_of(gate):
+        return implementation(gate.device).silu_mul_quantize_tokens(gate, up)
 
 
 @torch.library.register_fake("quattuor::token_quantize")

@@ -118,17 +118,18 @@ class Triton(Implementation):
         if x.stride(1) != 1:
             x = x.contiguous()
         num_blocks = -(-problem.in_features // BLOCK_K)
-        launch(
-            x,
-            operand["packed"],
-            operand["scale"],
-            operand.get("zero_point"),
-            operand["arrivals"],
-            bias if bias is None else bias.contiguous(),
-            out,
-            nibbles=problem.weight_bits <= 4,
-            group_size=problem.group_size or num_blocks * BLOCK_K,
-            piece=piece_of(problem),
-            tile=choose_tile(num_tokens, problem.out_features, num_blocks, *processors(x.device)),
-        )
+        with torch.cuda.device_of(x):
+            launch(
+                x,
+                operand["packed"],
+                operand["scale"],
+                operand.get("zero_point"),
+                operand["arrivals"],
+                bias if bias is None else bias.contiguous(),
+                out,
+                nibbles=problem.weight_bits <= 4,
+                group_size=problem.group_size or num_blocks * BLOCK_K,
+                piece=piece_of(problem),
+                tile=choose_tile(num_tokens, problem.out_features, num_blocks, *processors(x.device)),
+            )
         return out

@@ -77,23 +77,26 @@ class Gluon(Implementation):
         out = torch.empty(num_tokens, problem.out_features, dtype=out_dtype, device=x_codes.device)
         if num_tokens == 0:
             return out
-        if x_codes.stride(1) != 1 or x_codes.stride(0) % 16 or x_codes.data_ptr() % 16:
+        row_stride = x_codes.stride(0)
+        is_regular = x_codes.stride(1) == 1 and row_stride >= problem.in_features
+        if not is_regular or row_stride % 16 or x_codes.data_ptr() % 16:
             x_codes = x_codes.clone(memory_format=torch.contiguous_format)
         mode = mode_of(problem)
         programs = processors(x_codes.device)[0]
-        launch(
-            x_codes,
-            x_scale.contiguous(),
-            operand["packed"],
-            operand["scale"],
-            operand.get("group_scale"),
-            operand["arrivals"],
-            bias if bias is None else bias.contiguous(),
-            out,
-            mode=mode,
-            group_size=problem.group_size,
-            num_blocks=-(-problem.in_features // BLOCK_K),
-            tile=choose_hopper_tile(num_tokens, problem.out_features, mode, programs),
-            programs=programs,
-        )
+        with torch.cuda.device_of(x_codes):
+            launch(
+                x_codes,
+                x_scale.contiguous(),
+                operand["packed"],
+                operand["scale"],
+                operand.get("group_scale"),
+                operand["arrivals"],
+                bias if bias is None else bias.contiguous(),
+                out,
+                mode=mode,
+                group_size=problem.group_size,
+                num_blocks=-(-problem.in_features // BLOCK_K),
+                tile=choose_hopper_tile(num_tokens, problem.out_features, mode, programs),
+                programs=programs,
+            )
         return out

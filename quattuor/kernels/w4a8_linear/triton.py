@@ -87,17 +87,18 @@ class Triton(Implementation):
             -(-problem.in_features // BLOCK_K),
             *processors(x_codes.device),
         )
-        launch(
-            x_codes,
-            x_scale.contiguous(),
-            packed,
-            operand["scale"],
-            operand.get("group_scale"),
-            operand["arrivals"],
-            bias if bias is None else bias.contiguous(),
-            out,
-            mode=mode,
-            group_size=problem.group_size,
-            tile=tile,
-        )
+        with torch.cuda.device_of(x_codes):
+            launch(
+                x_codes,
+                x_scale.contiguous(),
+                packed,
+                operand["scale"],
+                operand.get("group_scale"),
+                operand["arrivals"],
+                bias if bias is None else bias.contiguous(),
+                out,
+                mode=mode,
+                group_size=problem.group_size,
+                tile=tile,
+            )
         return out

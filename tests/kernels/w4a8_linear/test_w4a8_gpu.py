@@ -69,7 +69,13 @@ def test_strides(layer, inputs, name, num_tokens):
     made = layer(200, 768, device="cuda")
     x_codes, x_scale = inputs(2 * num_tokens, 768, device="cuda")
     wide = torch.cat((x_codes, x_codes), dim=1)
-    for strided in (x_codes[::2], wide[::2, :768], wide[::2, 5:773], x_codes.T.contiguous().T[::2]):
+    for strided in (
+        x_codes[::2],
+        wide[::2, :768],
+        wide[::2, 5:773],
+        x_codes.T.contiguous().T[::2],
+        x_codes[:1].expand(num_tokens, -1),
+    ):
         assert_equal_bits(made, name, strided, x_scale[::2], None, torch.float16)
 
 
