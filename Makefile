@@ -10,7 +10,7 @@ help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
 
 demo: $(VENV)/base $(VENV)/model ## quantize SmolLM2-135M with QQQ, verify, evaluate, generate, report
-	$(BIN)/quattuor demo -o out/demo --overwrite
+	$(BIN)/quattuor demo -o out/demo
 
 test: $(VENV)/dev $(VENV)/model ## run the default test suite
 	$(BIN)/python -m pytest -n 2

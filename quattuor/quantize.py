@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quattuor.activations import ActivationQuantizer
-from quattuor.apply import check, choose, linear_names, place_
+from quattuor.apply import LinearChoice, check, choose, linear_names, place_
 from quattuor.calibration.blockwise import BlockRunner, Hidden, capture_inputs
 from quattuor.checkpoints.native import CheckpointWriter
 from quattuor.checkpoints.source import ModelSource
@@ -96,7 +96,7 @@ class _Stream:
 def quantize(
     model: PreTrainedModel,
     recipe: Recipe,
-    tokens: Int64[Tensor, "B T"],
+    tokens: Int64[Tensor, "B T"] | None,
     *,
     store: BlockStore | None = None,
     device: str | torch.device | None = None,
@@ -111,7 +111,7 @@ def quantize(
     Args:
         model: A causal language model of transformers, in float32 for exact statistics.
         recipe: What is done; checked against the model before any work.
-        tokens: Calibration sequences of equal length.
+        tokens: Calibration sequences of equal length; None for a recipe that uses no data.
         store: Where parameters come from and go to; None when the model is in memory.
         device: Where a block is computed; None for where the model is.
         storage: Where hidden states wait between blocks.
@@ -134,16 +134,9 @@ def quantize(
     with report.phase("ends"):
         rotations = _transform_ends_(run, store)
     with report.phase("embed"):
-        hidden, runner = capture_inputs(
-            model,
-            run.description,
-            tokens,
-            batch_size=batch_size,
-            device=embedding_of(model).weight.device,
-            storage=torch.device(storage),
-        )
+        hidden, runner = _embed(run, tokens, batch_size, torch.device(storage))
     _emit_ends(run, store)
-    state = _Stream(hidden=hidden, original=list(hidden) if _compares(run, len(blocks)) else None)
+    state = _Stream(hidden=hidden, original=list(hidden) if _compares(run) else None)
     progress.start("blocks", len(blocks))
     for index, block in enumerate(blocks):
         prefix = f"{run.description.blocks}.{index}"
@@ -171,7 +164,7 @@ def quantize(
 def quantize_to_folder(
     source: ModelSource,
     recipe: Recipe,
-    tokens: Int64[Tensor, "B T"],
+    tokens: Int64[Tensor, "B T"] | None,
     output: Path,
     *,
     device: str | torch.device | None = None,
@@ -206,25 +199,50 @@ def quantize_to_folder(
     return report
 
 
+def _embed(
+    run: _Run, tokens: Int64[Tensor, "B T"] | None, batch_size: int, storage: torch.device
+) -> tuple[Hidden, BlockRunner]:
+    """Return what the first block receives; nothing when the recipe uses no data."""
+    if not _uses_data(run):
+        return [], BlockRunner(run.description, [])
+    if tokens is None or tokens.numel() == 0:
+        raise CalibrationError(
+            compose(
+                subject="tokens",
+                value=None if tokens is None else tuple(tokens.shape),
+                constraint="hold no calibration sequence",
+                place="quantize",
+                remedy="pass at least one sequence of token ids",
+            )
+        )
+    device = embedding_of(run.model).weight.device
+    return capture_inputs(
+        run.model, run.description, tokens, batch_size=batch_size, device=device, storage=storage
+    )
+
+
+def _uses_data(run: _Run) -> bool:
+    """Whether any part looks at activations; if not, no forward pass is run."""
+    if any(isinstance(transform, SiteTransform) for transform in run.recipe.transforms):
+        return True
+    return any(choice.weights.solver.needs for choice in _choices(run))
+
+
+def _choices(run: _Run) -> list[LinearChoice]:
+    """Return what the recipe says about each linear that it quantizes."""
+    names = linear_names(run.description, run.sites, run.report.blocks)
+    return [choice for name in names if (choice := choose(run.recipe, name)) is not None]
+
+
 def _prepare(
     model: PreTrainedModel,
     recipe: Recipe,
-    tokens: Int64[Tensor, "B T"],
+    tokens: Int64[Tensor, "B T"] | None,
     device: str | torch.device | None,
     seed: int,
     kernel: str | None,
 ) -> _Run:
     """Describe the model, check the recipe and the data against it."""
-    if tokens.numel() == 0:
-        raise CalibrationError(
-            compose(
-                subject="tokens",
-                value=tuple(tokens.shape),
-                constraint="holds no calibration sequence",
-                place="quantize",
-                remedy="pass at least one sequence of token ids",
-            )
-        )
     config = model.config.to_dict()
     description = describe(model.config) if recipe.transforms else _describe_or_discover(model)
     activation = description.activation(config)
@@ -241,7 +259,8 @@ def _prepare(
         seed=seed,
         kernel=kernel,
         report=QuantizationReport(
-            num_tokens=tokens.numel(), blocks=len(list(model.get_submodule(description.blocks).children()))
+            num_tokens=0 if tokens is None else tokens.numel(),
+            blocks=len(list(model.get_submodule(description.blocks).children())),
         ),
     )
 
@@ -315,11 +334,9 @@ def _smooth_block_(run: _Run, runner: BlockRunner, block: nn.Module, index: int,
             search.run_(block, index, hidden, run.sites, transform)
 
 
-def _compares(run: _Run, num_blocks: int) -> bool:
+def _compares(run: _Run) -> bool:
     """Whether a solver compares with the original model's activations, which then flow beside the others."""
-    names = linear_names(run.description, run.sites, num_blocks)
-    choices = [choose(run.recipe, name) for name in names]
-    return any("cross" in choice.weights.solver.needs for choice in choices if choice is not None)
+    return any("cross" in choice.weights.solver.needs for choice in _choices(run))
 
 
 def _quantize_block_(run: _Run, runner: BlockRunner, block: nn.Module, index: int, state: _Stream) -> _Stream:

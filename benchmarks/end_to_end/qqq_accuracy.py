@@ -162,7 +162,9 @@ def measure(
         )
     seconds = time.perf_counter() - start
     rows = []
-    parts = [("first 16", windows[:FIRST_WINDOWS])] + ([("all", windows)] if item.is_main else [])
+    parts = [("first 16", windows[:FIRST_WINDOWS])] + (
+        [("all", windows)] if item.is_main and len(windows) > FIRST_WINDOWS else []
+    )
     for label, part in parts:
         result = perplexity(model, part, batch_size=8)
         rows.append(

@@ -53,6 +53,8 @@ class BlockRunner:
         Raises:
             CalibrationError: An output is not finite.
         """
+        if not hidden:
+            return []
         device = next(block.parameters()).device
         arguments = self.arguments(block_index, device)
         outputs: Hidden = []

@@ -34,7 +34,7 @@ class ClipSearch(ScaleRule):
         Frantar et al., 2022, arXiv:2210.17323 (code: norm 2.4, unweighted, 80 of 100 steps).
     """
 
-    num_steps: int = 100
+    num_steps: int = 50
     smallest: float = 0.2
     norm: float = 2.0
     weighted: bool = True

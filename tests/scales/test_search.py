@@ -125,7 +125,7 @@ def test_fractions_stay_within_the_search(num_steps: int, smallest: float, expec
 
 def test_default_fractions() -> None:
     fractions = ClipSearch().fractions()
-    assert len(fractions) == 81
+    assert len(fractions) == 41
     assert fractions[-1] == pytest.approx(0.2)
 
 
