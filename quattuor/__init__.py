@@ -2,6 +2,7 @@
 """Quattuor: quantize large language models for real. Importing it lets transformers load what it saved."""
 
 from quattuor import systems
+from quattuor.calibration.data import calibration_batches, load_text
 from quattuor.checkpoints import ModelSource, inspect, save_pretrained, verify
 from quattuor.errors import CalibrationError, CheckpointError, InputError, QuattuorError, UnsupportedError
 from quattuor.quantize import quantize, quantize_to_folder
@@ -20,7 +21,9 @@ __all__ = [
     "Recipe",
     "Rule",
     "UnsupportedError",
+    "calibration_batches",
     "inspect",
+    "load_text",
     "quantize",
     "quantize_to_folder",
     "save_pretrained",

@@ -11,7 +11,7 @@ from quattuor.activations import ActivationQuantizer
 from quattuor.errors import InputError, UnsupportedError, compose
 from quattuor.folding import linear_at
 from quattuor.models import DecoderDescription, Site, SiteKind
-from quattuor.nn.linear import QuantizedLinear
+from quattuor.nn.linear import QuantizedLinear, reason_against_execution
 from quattuor.recipe import Recipe
 from quattuor.rules import check_all_rules_match, match
 from quattuor.solvers import Solution, WeightQuantizer
@@ -68,6 +68,7 @@ def check(recipe: Recipe, description: DecoderDescription, model: nn.Module, con
             choice.weights.granularity.num_groups(linear.in_features)
         except InputError as error:
             raise InputError(f"{name}: {error}") from error
+    _check_execution(recipe, names)
     _check_solvers(recipe, names)
     for transform in recipe.transforms:
         if isinstance(transform, SiteTransform):
@@ -94,6 +95,25 @@ def place_(
     parent, _, attribute = path.rpartition(".")
     setattr(block.get_submodule(parent), attribute, module)
     return module
+
+
+def _check_execution(recipe: Recipe, names: list[str]) -> None:
+    for name in names:
+        choice = choose(recipe, name)
+        if choice is None:
+            continue
+        weights = choice.weights
+        reason = reason_against_execution(weights.number_format, weights.granularity, choice.activations)
+        if reason is not None:
+            raise UnsupportedError(
+                compose(
+                    subject="weights",
+                    value=f"{weights.number_format} {weights.granularity}",
+                    constraint="have no kernel with these activations",
+                    place=name,
+                    remedy=reason,
+                )
+            )
 
 
 def _check_solvers(recipe: Recipe, names: list[str]) -> None:
@@ -138,6 +158,6 @@ def _illegal(transform: object, description: DecoderDescription, reason: str) ->
             value=transform,
             constraint=reason,
             place=description.family,
-            remedy="leave it out of Recipe.transforms, or quantize without transforms",
+            remedy="leave it out of Recipe.transforms (qqq: rotation=False), or quantize without transforms",
         )
     )

@@ -14,12 +14,27 @@ from quattuor.formats.base import Format, Parameters
 from quattuor.formats.integer import Integer
 from quattuor.formats.packing import packed_row_bytes
 from quattuor.formats.two_level import TwoLevelInteger
-from quattuor.granularity import Granularity, PerChannel, PerGroup
+from quattuor.granularity import Granularity, PerChannel, PerGroup, PerTensor
 from quattuor.kernels import w4a8_linear, w4a16_linear
 from quattuor.kernels.dispatch import LinearProblem, Operand, Row, describe_device
 from quattuor.quantized_tensor import QuantizedTensor
 
-__all__ = ["LinearLayout", "ParameterLayout", "QuantizedLinear"]
+__all__ = ["LinearLayout", "ParameterLayout", "QuantizedLinear", "reason_against_execution"]
+
+
+def reason_against_execution(
+    number_format: Format, granularity: Granularity, activations: ActivationQuantizer | None
+) -> str | None:
+    """Return why no kernel computes a linear with these choices, or None when one does."""
+    if activations is None:
+        if isinstance(number_format, Integer) and not isinstance(granularity, PerTensor):
+            return None
+        return "weights without activation quantization need Integer per channel or per group"
+    if isinstance(number_format, TwoLevelInteger) and isinstance(granularity, PerGroup):
+        return None
+    if isinstance(number_format, Integer) and number_format.symmetric and isinstance(granularity, PerChannel):
+        return None
+    return "an integer product needs symmetric Integer per channel, or TwoLevelInteger per group"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,6 +213,17 @@ class QuantizedLinear(nn.Module):
 
     def _make_plan(self, device: torch.device, dtype: torch.dtype) -> w4a8_linear.Plan | w4a16_linear.Plan:
         layout, granularity = self.layout, self.layout.granularity
+        reason = reason_against_execution(layout.number_format, granularity, layout.activations)
+        if reason is not None:
+            raise UnsupportedError(
+                compose(
+                    subject="weights",
+                    value=f"{layout.number_format} {granularity}",
+                    constraint="have no kernel",
+                    place=self.name,
+                    remedy=reason,
+                )
+            )
         names = {item.name: item for item in layout.parameters}
         problem = LinearProblem(
             out_features=self.out_features,
@@ -230,18 +256,4 @@ class QuantizedLinear(nn.Module):
         if isinstance(tensor.number_format, TwoLevelInteger):
             group_scale = parameters["group_scale"].to(torch.float16)
             return plan.prepare(codes, parameters["channel_scale"].squeeze(1).float(), group_scale)
-        if (
-            isinstance(tensor.number_format, Integer)
-            and tensor.number_format.symmetric
-            and isinstance(tensor.granularity, PerChannel)
-        ):
-            return plan.prepare(codes, parameters["scale"].squeeze(1).float(), None)
-        raise UnsupportedError(
-            compose(
-                subject="weights",
-                value=f"{tensor.number_format} {tensor.granularity}",
-                constraint="have no integer product with 8-bit activations",
-                place=self.name,
-                remedy="use symmetric Integer per channel, or TwoLevelInteger per group",
-            )
-        )
+        return plan.prepare(codes, parameters["scale"].squeeze(1).float(), None)
