@@ -73,14 +73,14 @@ def rotate_ends_(model: nn.Module, description: DecoderDescription, rotation: Fl
     head = linear_at(model, description.head)
     _set_(head, "weight", rotate_input(head.weight, rotation))
     if description.final_norm is not None:
-        norm: Any = model.get_submodule(description.final_norm)
-        if getattr(norm, "bias", None) is not None:
-            _set_(norm, "bias", norm.bias.double() @ rotation.to(norm.bias.device))
+        _rotate_norm_bias_(model.get_submodule(description.final_norm), rotation)
 
 
 def rotate_block_residual_(block: nn.Module, sites: tuple[Site, ...], rotation: Float[Tensor, "K K"]) -> None:
     """Rotate what reads the residual stream through a norm, and what writes it: output and down projections."""
     for site in sites:
+        if site.kind is SiteKind.NORM_LINEAR and site.producer is not None:
+            _rotate_norm_bias_(block.get_submodule(site.producer), rotation)
         for path in site.consumers:
             linear = linear_at(block, path)
             if site.kind is SiteKind.NORM_LINEAR:
@@ -187,6 +187,12 @@ def _fold_norm_(norm: Any, consumers: list[nn.Linear], gain_offset: float) -> No
     if bias is not None:
         _set_(norm, "bias", bias.double() / gain if keeps_bias else torch.zeros_like(bias))
     _set_(norm, "weight", torch.full_like(norm.weight, 1 - gain_offset))
+
+
+def _rotate_norm_bias_(norm: Any, rotation: Float[Tensor, "K K"]) -> None:
+    """Rotate a bias that stayed in the norm because a reader has no place for it; others are zero."""
+    if getattr(norm, "bias", None) is not None:
+        _set_(norm, "bias", norm.bias.double() @ rotation.to(norm.bias.device))
 
 
 def _set_(module: nn.Module, name: str, value: Tensor) -> None:
