@@ -230,7 +230,7 @@ class QuantizedLinear(nn.Module):
             in_features=self.in_features,
             weight_bits=layout.number_format.bits,
             group_size=granularity.group_size if isinstance(granularity, PerGroup) else None,
-            integer_group_scale=self._has_positive_integer_scales(),
+            integer_group_scale="group_scale" in names and names["group_scale"].dtype == "int8",
             zero_point="zero_point" in names,
             activation_bits=16 if layout.activations is None else layout.activations.bits,
             output_dtype=dtype,
@@ -239,13 +239,6 @@ class QuantizedLinear(nn.Module):
         if layout.activations is None:
             return w4a16_linear.plan(problem, self.force)
         return w4a8_linear.plan(problem, self.force)
-
-    def _has_positive_integer_scales(self) -> bool:
-        """Whether the kernels for integer group scales apply: they take scales from 1 to 16."""
-        stored = {item.name: item.dtype for item in self.layout.parameters}
-        if stored.get("group_scale") != "int8":
-            return False
-        return int(self.get_buffer("group_scale").min()) > 0
 
     def _make_operand(self, plan: w4a8_linear.Plan | w4a16_linear.Plan) -> Operand:
         tensor = self.tensor

@@ -40,7 +40,10 @@ def make_layer(
     if group_size is not None:
         shape = (out_features, -(-in_features // group_size))
         if integer:
-            group_scale = torch.randint(1, 2 ** (8 - bits) + 1, shape, generator=generator).half()
+            size = torch.randint(1, max(127 // half, 1) + 1, shape, generator=generator)
+            sign = torch.randint(0, 2, shape, generator=generator) * 2 - 1 if bits < 8 else 1
+            group_scale = (size * sign).half()
+            group_scale.view(-1)[0] = 2 ** (8 - bits)  # the largest, legal only when positive
         else:
             group_scale = (torch.randn(shape, generator=generator) * 127 / half).half()
     problem = LinearProblem(

@@ -124,8 +124,8 @@ def test_channel_operands_are_16_times_the_code(plane):
 @PLANES
 def test_integer_operands_for_every_scale(plane):
     packed, low, high = every_byte()
-    for r in range(1, 17):
-        scale = np.full(64, r, dtype=np.uint32)
+    for r in (*range(-15, 0), *range(1, 17)):
+        scale = np.full(64, r, dtype=np.int32).view(np.uint32)
         addend = np.uint32(0x80808080) - scale * np.uint32(0x08080808)
         found = run(getattr(unpacking, f"{plane}_INTEGER"), {"$1": packed, "$2": scale, "$6": addend})["$0"]
         assert (found.view(np.int8) == r * codes_of(plane, low, high)).all()

@@ -253,13 +253,14 @@ def check_weight(problem: LinearProblem, codes: Tensor, scale: Tensor, group_sca
         place,
         "choose a larger channel scale",
     )
-    top = 2 ** (8 - problem.weight_bits)
-    legal = (group_scale == group_scale.round()) & (group_scale >= 1) & (group_scale <= top)
+    top, bottom = 2 ** (8 - problem.weight_bits), -(127 // problem.max_code)
+    legal = (group_scale == group_scale.round()) & (group_scale != 0)
+    legal &= (group_scale >= bottom) & (group_scale <= top)
     check(
         not problem.integer_group_scale or bool(legal.all()),
         "group_scale",
         f"{group_scale.min().item()} .. {group_scale.max().item()}",
-        f"are not all integers in 1 .. {top}, as integer_group_scale promises",
+        f"are not all integers in {bottom} .. -1 or 1 .. {top}, as integer_group_scale promises",
         place,
         "set integer_group_scale=False",
     )

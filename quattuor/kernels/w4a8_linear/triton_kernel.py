@@ -27,7 +27,7 @@ __all__ = ["MODES", "launch", "w4a8_kernel"]
 
 # How the kernel turns stored bytes into int8 operands.
 CHANNEL = tl.constexpr(0)  # nibbles; operand = 16 * code, and the channel scale is divided by 16
-INTEGER = tl.constexpr(1)  # nibbles; operand = code * r, r an integer in 1 .. 16
+INTEGER = tl.constexpr(1)  # nibbles; operand = code * r, r an integer in -15 .. 16
 HALF = tl.constexpr(2)  # nibbles; operand = clamp(rne(code * float16 group scale))
 BYTE = tl.constexpr(3)  # int8 operands as stored
 

@@ -13,8 +13,9 @@ __all__ = ["HIGH_CHANNEL", "HIGH_HALF", "HIGH_INTEGER", "LOW_CHANNEL", "LOW_HALF
 LOW_CHANNEL = tl.constexpr("{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xF0F0F0F0; }")
 HIGH_CHANNEL = tl.constexpr("and.b32 $0, $1, 0xF0F0F0F0;")
 
-# With u = code + 8 in 0 .. 15: u * r + (128 - 8 r) stays in 0 .. 240 in each byte, so one 32-bit multiply-add
-# scales four codes without a carry, and flipping the sign bits subtracts the 128. $2 is r, $6 the packed addend.
+# With u = code + 8 in 0 .. 15: u * r + (128 - 8 r) = code * r + 128 lies in 0 .. 255 in each byte, for negative r
+# too, so that one 32-bit multiply-add modulo 2^32 scales four codes: what carries between bytes cancels. Flipping
+# the sign bits subtracts the 128. $2 is r, $6 the packed addend.
 LOW_INTEGER = tl.constexpr("""{
     .reg .b32 t;
     lop3.b32 t, $1, 0x0F0F0F0F, 0x08080808, 0x6A;
