@@ -20,7 +20,7 @@ from quattuor.calibration.blockwise import BlockRunner, Hidden, capture_inputs
 from quattuor.checkpoints.native import CheckpointWriter
 from quattuor.checkpoints.source import ModelSource
 from quattuor.checkpoints.streaming import StreamingStore
-from quattuor.errors import CalibrationError, UnsupportedError, compose
+from quattuor.errors import CalibrationError, InputError, UnsupportedError, compose
 from quattuor.folding import (
     fold_block_norms_,
     fold_final_norm_,
@@ -31,7 +31,7 @@ from quattuor.folding import (
 )
 from quattuor.granularity import Granularity
 from quattuor.models import DecoderDescription, Heads, Site, describe, discover
-from quattuor.nn.linear import LinearLayout
+from quattuor.nn.linear import LinearLayout, QuantizedLinear
 from quattuor.progress import Progress, Silent
 from quattuor.quantization_report import LayerReport, QuantizationReport
 from quattuor.recipe import Recipe
@@ -243,6 +243,7 @@ def _prepare(
     kernel: str | None,
 ) -> _Run:
     """Describe the model, check the recipe and the data against it."""
+    _refuse_quantized(model)
     config = model.config.to_dict()
     description = describe(model.config) if recipe.transforms else _describe_or_discover(model)
     activation = description.activation(config)
@@ -263,6 +264,20 @@ def _prepare(
             blocks=len(list(model.get_submodule(description.blocks).children())),
         ),
     )
+
+
+def _refuse_quantized(model: PreTrainedModel) -> None:
+    packed = [name for name, module in model.named_modules() if isinstance(module, QuantizedLinear)]
+    if packed:
+        raise InputError(
+            compose(
+                subject="model",
+                value=type(model).__name__,
+                constraint=f"is quantized already: {packed[0]} and {len(packed) - 1} others are packed",
+                place="quantize",
+                remedy="start from the original model",
+            )
+        )
 
 
 def _describe_or_discover(model: PreTrainedModel) -> DecoderDescription:
@@ -322,7 +337,8 @@ def _smooth_block_(run: _Run, runner: BlockRunner, block: nn.Module, index: int,
     prefix = f"{run.description.blocks}.{index}"
 
     def choice_of(site: Site) -> tuple[Granularity, int, ActivationQuantizer | None] | None:
-        choice = choose(run.recipe, f"{prefix}.{site.consumers[0]}")
+        choices = [choose(run.recipe, f"{prefix}.{path}") for path in site.consumers]
+        choice = next((choice for choice in choices if choice is not None), None)
         if choice is None:
             return None
         return choice.weights.granularity, choice.weights.number_format.bits, choice.activations
@@ -391,7 +407,10 @@ def _solve_site_(run: _Run, block: nn.Module, index: int, site: Site, statistics
     for choice, paths in groups.items():
         start = time.perf_counter()
         weights = [block.get_submodule(path).weight.float() for path in paths]
-        solutions = choice.weights.solve(weights, statistics)
+        try:
+            solutions = choice.weights.solve(weights, statistics)
+        except (CalibrationError, InputError) as error:
+            raise type(error)(f"{prefix}.{' and '.join(paths)}: {error}") from error
         seconds = (time.perf_counter() - start) / len(paths)
         for path, solution in zip(paths, solutions, strict=True):
             name = f"{prefix}.{path}"

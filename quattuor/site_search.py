@@ -17,6 +17,7 @@ from transformers.activations import ACT2FN
 from quattuor.activations import ActivationQuantizer
 from quattuor.calibration.blockwise import BlockRunner
 from quattuor.calibration.statistics import AbsMax
+from quattuor.errors import CalibrationError
 from quattuor.folding import fold_scale_, linear_at
 from quattuor.granularity import Granularity
 from quattuor.models import Heads, Site, SiteKind
@@ -69,7 +70,8 @@ class SiteSearch:
                 if choice is None:
                     continue
                 if site.name in transform.sites:
-                    scale = transform.find(self._problem(block, block_index, hidden, site, choice))
+                    problem = self._problem(block, block_index, hidden, site, choice)
+                    scale = _find(transform, problem, f"{self.description.blocks}.{block_index}.{site.name}")
                     fold_scale_(block, self.description, self.heads, site, scale)
                     found.append((site, scale))
                 _degrade_(block, site, choice, stack)
@@ -145,6 +147,14 @@ class SiteSearch:
             return result
 
         return run
+
+
+def _find(transform: SiteTransform, problem: SiteProblem, place: str) -> Tensor:
+    """Run the search; say where it was when it cannot."""
+    try:
+        return transform.find(problem)
+    except CalibrationError as error:
+        raise CalibrationError(f"{place}: {error}") from error
 
 
 class _weights:

@@ -7,7 +7,8 @@ return their input.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
+from itertools import chain
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quattuor.calibration.statistics import make_statistics
-from quattuor.errors import CalibrationError, compose
+from quattuor.errors import CalibrationError, InputError, compose
 from quattuor.models import DecoderDescription, Site, returns_tuple
 
 __all__ = ["BlockRunner", "Hidden", "capture_inputs"]
@@ -55,7 +56,7 @@ class BlockRunner:
         """
         if not hidden:
             return []
-        device = next(block.parameters()).device
+        device = _device_of(block)
         arguments = self.arguments(block_index, device)
         outputs: Hidden = []
         for batch in hidden:
@@ -90,7 +91,7 @@ class BlockRunner:
             hidden: Its inputs, batch by batch.
             visitors: For each path of a linear inside the block, what to call with its input.
         """
-        device = next(block.parameters()).device
+        device = _device_of(block)
         arguments = self.arguments(block_index, device)
         with ExitStack() as stack:
             waiting: set[str] = set()
@@ -100,10 +101,8 @@ class BlockRunner:
                 stack.callback(handle.remove)
             for batch in hidden:
                 waiting.update(visitors)
-                try:
+                with suppress(_StopForward):
                     block(batch.to(device), **arguments)
-                except _StopForward:
-                    continue
 
     def collect(
         self,
@@ -142,11 +141,14 @@ class BlockRunner:
             results[site] = {name: statistic.result() for name, statistic in statistics.items()}
         return results
 
-    def site_inputs(self, block: nn.Module, block_index: int, hidden: Hidden, site: Site) -> Hidden:
-        """Return what the consumers of a site read, batch by batch, on the devices of `hidden`."""
-        collected: Hidden = []
+    def site_inputs(
+        self, block: nn.Module, block_index: int, hidden: Hidden, site: Site
+    ) -> list[Float[Tensor, "_ T N"]]:
+        """Return what a site's consumers read, batch by batch; sequences are apart even where a block joins them."""
+        collected: list[Tensor] = []
         self.visit(block, block_index, hidden, {site.consumers[0]: collected.append})
-        return [x.to(batch.device) for x, batch in zip(collected, hidden, strict=True)]
+        pairs = zip(collected, hidden, strict=True)
+        return [x.to(batch.device).reshape(*batch.shape[:-1], -1) for x, batch in pairs]
 
     @torch.no_grad()
     def intercept(
@@ -192,7 +194,15 @@ def capture_inputs(
         batch_size: Sequences per batch.
         device: Where the embeddings are.
         storage: Where hidden states are kept between blocks.
+
+    Raises:
+        InputError: The batch size is not positive.
     """
+    if batch_size < 1:
+        problem, remedy = "is not positive", "use 1 or more sequences per forward pass"
+        place = "capture_inputs"
+        message = compose(subject="batch_size", value=batch_size, constraint=problem, place=place, remedy=remedy)
+        raise InputError(message)
     blocks = list(model.get_submodule(description.blocks).children())
     recorded: list[dict[str, Any]] = [{} for _ in blocks]
     hidden: Hidden = []
@@ -222,10 +232,8 @@ def capture_inputs(
     decoder = model.get_decoder()
 
     def start(batch: Tensor) -> None:
-        try:
+        with suppress(_StopForward):
             decoder(input_ids=batch.to(device), use_cache=False)
-        except _StopForward:
-            return
 
     with _forwards(blocks, [record(index) for index in range(len(blocks))]):
         start(tokens[:1])
@@ -257,6 +265,11 @@ def _forwards(blocks: Sequence[nn.Module], forwards: Sequence[Callable[..., Any]
                 del block.__dict__["forward"]
             else:
                 block.__dict__["forward"] = before
+
+
+def _device_of(block: nn.Module) -> torch.device:
+    """Return where a block is; one whose linears are packed may have buffers only."""
+    return next(chain(block.parameters(), block.buffers())).device
 
 
 def _visiting_hook(path: str, visitor: Callable[[Tensor], None], waiting: set[str]) -> Callable[..., None]:
