@@ -144,7 +144,7 @@ class BlockRunner:
     def site_inputs(
         self, block: nn.Module, block_index: int, hidden: Hidden, site: Site
     ) -> list[Float[Tensor, "_ T N"]]:
-        """Return what a site's consumers read, batch by batch; sequences are apart even where a block joins them."""
+        """Return what a site's consumers read, batch by batch; sequences stay apart where a block joins them."""
         collected: list[Tensor] = []
         self.visit(block, block_index, hidden, {site.consumers[0]: collected.append})
         pairs = zip(collected, hidden, strict=True)
