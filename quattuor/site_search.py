@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers.activations import ACT2FN
 
 from quattuor.activations import ActivationQuantizer
-from quattuor.calibration.blockwise import BlockRunner
+from quattuor.calibration.blockwise import BlockRunner, Hidden
 from quattuor.calibration.statistics import AbsMax
 from quattuor.errors import CalibrationError
 from quattuor.folding import fold_scale_, linear_at
@@ -57,10 +57,10 @@ class SiteSearch:
         self,
         block: nn.Module,
         block_index: int,
-        hidden: list[Float[Tensor, "B T K"]],
+        hidden: Hidden,
         sites: Sequence[Site],
         transform: SiteTransform,
-    ) -> dict[str, Float[Tensor, " K"]]:
+    ) -> dict[str, Float[Tensor, " _"]]:
         """Find a scale at each of the transform's sites, fold them all, and return them by site name."""
         original = {name: value.detach().clone() for name, value in block.named_parameters()}
         found: list[tuple[Site, Tensor]] = []
@@ -85,7 +85,7 @@ class SiteSearch:
         self,
         block: nn.Module,
         block_index: int,
-        hidden: list[Float[Tensor, "B T K"]],
+        hidden: Hidden,
         site: Site,
         choice: tuple[Granularity, int, ActivationQuantizer | None],
     ) -> SiteProblem:
@@ -134,7 +134,8 @@ class SiteSearch:
 
         def run(inputs: Tensor, weight: Tensor) -> Tensor:
             with _weights(linears, weight):
-                return self.runner.intercept(module, target, inputs, arguments)
+                x = inputs.to(linears[0].weight.dtype)
+                return self.runner.intercept(module, target, x, arguments).float()
 
         return run
 
@@ -143,7 +144,8 @@ class SiteSearch:
         activation = ACT2FN[self.activation] if activates else nn.Identity()
 
         def run(inputs: Tensor, weight: Tensor) -> Tensor:
-            result: Tensor = activation(nn.functional.linear(inputs, weight, linear.bias))
+            bias = None if linear.bias is None else linear.bias.to(inputs.dtype)
+            result: Tensor = activation(nn.functional.linear(inputs, weight, bias))
             return result
 
         return run
@@ -195,6 +197,7 @@ def _degrade_(
 
 def _rounding_hook(activations: ActivationQuantizer) -> Callable[..., tuple[Tensor, ...]]:
     def hook(_: nn.Module, inputs: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        return (activations.fake_quantize(inputs[0]), *inputs[1:])
+        rounded = activations.fake_quantize(inputs[0].float()).to(inputs[0].dtype)
+        return (rounded, *inputs[1:])
 
     return hook
