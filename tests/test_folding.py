@@ -26,11 +26,7 @@ EXACT = 1e-10
 VISIBLE = 1e-3
 TOKENS = torch.arange(40).reshape(2, 20) * 7 % 251
 ROTATED = [family for family in FAMILIES if not family.startswith(("gemma", "opt"))]
-FOLDABLE = [
-    (family, name)
-    for family in FAMILIES
-    for name in ("qkv", "output", "gate_up", "down")
-]  # fmt: skip
+FOLDABLE = [(family, name) for family in FAMILIES for name in ("qkv", "output", "gate_up", "down")]
 
 
 def logits(model):
