@@ -57,13 +57,15 @@ class TwoLevelInteger(Format):
     def encode(self, values: Float[Tensor, "*lead S"], parameters: Parameters) -> Int8[Tensor, "*lead S"]:
         """Return the code whose int8 level is nearest to values / channel_scale.
 
-        The quotient by the combined scale finds the code up to one step; its two neighbours are compared on the
-        final grid, because rounding to int8 moves the levels.
+        The quotient by the combined scale finds the code up to one step. With integer group scales that is all;
+        otherwise its two neighbours are compared on the final grid, because rounding to int8 moves the levels.
         """
         group_scale = parameters["group_scale"].float().unsqueeze(-1)
         target = values / parameters["channel_scale"].float().unsqueeze(-1)
         lowest, highest = self.code_range
         guess = (target / group_scale).round().clamp(lowest, highest)
+        if not parameters["group_scale"].is_floating_point():
+            return guess.to(torch.int8)
         best, best_error = guess, ((guess * group_scale).round().clamp(-128, 127) - target).abs()
         for step in (-1, 1):
             candidate = (guess + step).clamp(lowest, highest)

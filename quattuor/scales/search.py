@@ -100,8 +100,8 @@ class ClipSearch(ScaleRule):
         importance: Float[Tensor, "*R G S"] | None,
     ) -> Float[Tensor, "R G"]:
         """Return the error of each group under the given parameters."""
-        error = (number_format.fake_quantize(values, parameters) - values).abs_()
-        error = error.square_() if self.norm == 2 else error.pow_(self.norm)
+        error = number_format.fake_quantize(values, parameters).sub_(values)
+        error = error.square_() if self.norm == 2 else error.abs_().pow_(self.norm)
         if self.weighted and importance is not None:
-            error = error * importance
+            error = error.mul_(importance)
         return error.sum(dim=-1)
