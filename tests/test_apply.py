@@ -5,9 +5,10 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tiny_models import FAMILIES
+from tiny_models import FAMILIES, tiny_model
 from torch import nn
 
+import quattuor
 from quattuor.activations import DynamicQuantizer
 from quattuor.apply import LinearChoice, check, choose, linear_names, place_
 from quattuor.errors import InputError, UnsupportedError
@@ -217,3 +218,11 @@ def test_with_activations_it_computes_the_product_of_integers(tiny, quantizer, g
     torch.testing.assert_close(module(x).double(), expected, rtol=1e-5, atol=1e-5 * scale)
     unrounded = x.double() @ solution.tensor.decode().double().T + linear.bias.double()
     assert (module(x) - unrounded).abs().max() > 1e-4 * scale, "the activations are rounded"
+
+
+def test_weights_that_no_kernel_computes_are_refused_before_any_work():
+    recipe = replace(qqq(group_size=32), activations=None, inputs="quantized")
+    model = tiny_model("llama")
+    with pytest.raises(UnsupportedError, match=r"q_proj: weights=TwoLevelInteger.* have no kernel"):
+        quattuor.quantize(model, recipe, None)
+    assert not any(isinstance(module, QuantizedLinear) for module in model.modules())

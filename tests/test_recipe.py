@@ -38,7 +38,7 @@ def test_nested_parts_and_rules_survive() -> None:
     data = recipe.to_dict()
     assert data["weights"]["scales"]["inner"] == {
         "part": "ClipSearch",
-        "num_steps": 100,
+        "num_steps": 50,
         "smallest": 0.2,
         "norm": 2.4,
         "weighted": True,

@@ -85,7 +85,8 @@ class LinearProblem:
         weight_bits: Bits per code, 2 to 8; codes lie in [-2^(b-1), 2^(b-1) - 1].
         group_size: Weights along K that share a scale; None for one scale per output channel.
         integer_group_scale: Promises that every group scale is an integer from 1 to 2^(8-b), or from -1 to
-            -(127 // 2^(b-1)), so that code * group_scale is an int8 without rounding. Only with `activation_bits=8` and a group size.
+            -(127 // 2^(b-1)), so that code * group_scale is an int8 without rounding. Only with
+            `activation_bits=8` and a group size.
         zero_point: Whether codes have a zero point. Only with `activation_bits=16`.
         activation_bits: 8 (int8 codes with one scale per token) or 16 (floating point).
         output_dtype: float16, bfloat16 or float32.

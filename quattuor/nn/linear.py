@@ -27,14 +27,15 @@ def reason_against_execution(
 ) -> str | None:
     """Return why no kernel computes a linear with these choices, or None when one does."""
     if activations is None:
-        if isinstance(number_format, Integer) and not isinstance(granularity, PerTensor):
+        if isinstance(number_format, Integer):
             return None
-        return "weights without activation quantization need Integer per channel or per group"
+        return "weights without activation quantization need Integer"
     if isinstance(number_format, TwoLevelInteger) and isinstance(granularity, PerGroup):
         return None
-    if isinstance(number_format, Integer) and number_format.symmetric and isinstance(granularity, PerChannel):
+    is_one_scale_per_row = isinstance(granularity, PerChannel | PerTensor)
+    if isinstance(number_format, Integer) and number_format.symmetric and is_one_scale_per_row:
         return None
-    return "an integer product needs symmetric Integer per channel, or TwoLevelInteger per group"
+    return "an integer product needs symmetric Integer per channel or tensor, or TwoLevelInteger per group"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -249,4 +250,4 @@ class QuantizedLinear(nn.Module):
         if isinstance(tensor.number_format, TwoLevelInteger):
             group_scale = parameters["group_scale"].to(torch.float16)
             return plan.prepare(codes, parameters["channel_scale"].squeeze(1).float(), group_scale)
-        return plan.prepare(codes, parameters["scale"].squeeze(1).float(), None)
+        return plan.prepare(codes, parameters["scale"].expand(len(codes), 1).squeeze(1).float(), None)

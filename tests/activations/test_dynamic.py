@@ -102,6 +102,6 @@ def test_refusals() -> None:
         DynamicQuantizer(number_format=Integer(8))
     with pytest.raises(UnsupportedError, match=r"is not symmetric int8 per token"):
         DynamicQuantizer(granularity=PerTensor())
-    with pytest.raises(InputError, match=r"x.dtype=torch.float64 is not float16, bfloat16 or float32"):
+    with pytest.raises(InputError, match=r"x.dtype=torch.float64 is not float16 or bfloat16 or float32"):
         QUANTIZER.encode(torch.ones(2, 4, dtype=torch.float64))
     assert QUANTIZER.bits == 8
