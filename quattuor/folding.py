@@ -43,7 +43,7 @@ def linear_at(block: nn.Module, path: str) -> nn.Linear:
 def untie_head_(model: Any) -> None:
     """Give the head its own copy of a weight it shares with the embedding, and say so in the configuration."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
-    if head.weight is embedding.weight:
+    if head.weight.data_ptr() == embedding.weight.data_ptr():  # one parameter, or two that share storage
         head.weight = nn.Parameter(embedding.weight.detach().clone(), requires_grad=False)
     model.config.tie_word_embeddings = False
     if hasattr(model, "_tied_weights_keys"):

@@ -79,8 +79,8 @@ class MemoryStore(TensorStore):
         return self._tensors[name].dtype
 
     def read(self, name: str) -> Tensor:
-        """Return the tensor itself."""
-        return self._tensors[name]
+        """Return a copy of the tensor."""
+        return self._tensors[name].clone()  # callers change what they read in place
 
 
 class SafetensorsStore(TensorStore):

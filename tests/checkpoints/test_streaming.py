@@ -50,6 +50,22 @@ def test_streamed_and_in_memory_checkpoints_are_equal(family: str, system: str, 
     assert any("reconstruction" in row.checks for row in rows)
 
 
+@pytest.mark.parametrize("family", ["llama", "llama_tied"])
+def test_a_source_in_memory_gives_the_same_and_stays_as_it_was(family: str, tmp_path: Path) -> None:
+    stored = ModelSource(save_tiny(tmp_path / "original", family))
+    model = stored.whole()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    recipe = qqq(group_size=32)
+    folders = [
+        stream(source, recipe, tmp_path / name)
+        for source, name in ((stored, "disk"), (ModelSource(model), "memory"))
+    ]
+    left, right = (AutoModelForCausalLM.from_pretrained(path).state_dict() for path in folders)
+    assert [name for name in left if not torch.equal(left[name], right[name])] == []
+    assert not torch.equal(right["lm_head.weight"], right["model.embed_tokens.weight"])
+    assert [name for name, tensor in model.state_dict().items() if not torch.equal(tensor, before[name])] == []
+
+
 def test_the_same_run_gives_the_same_bytes(tmp_path: Path) -> None:
     source = ModelSource(save_tiny(tmp_path / "original", "llama"))
     digests = []
