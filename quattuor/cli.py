@@ -19,6 +19,7 @@ from typer.core import TyperGroup
 from quattuor.checkpoints import inspect
 from quattuor.checkpoints.source import ModelSource
 from quattuor.cli_arguments import build_recipe, describe_parameters
+from quattuor.cli_bench import bench
 from quattuor.cli_progress import Bars
 from quattuor.cli_runs import evaluate_model, generate_text, quantize_model, verify_folder
 from quattuor.demo import run_demo
@@ -56,6 +57,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Quantize large language models with any published system, for real.",
 )
+
+app.add_typer(bench, name="bench")
 
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]

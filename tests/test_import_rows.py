@@ -21,7 +21,7 @@ ROWS: list[set[str]] = [
     {"apply", "site_search", "training", "checkpoints"},
     {"quantize", "systems"},
     {"serving", "evaluation", "reports"},
-    {"cli", "cli_arguments", "cli_progress", "cli_runs", "demo"},
+    {"cli", "cli_arguments", "cli_bench", "cli_progress", "cli_runs", "demo"},
 ]
 ROW_OF = {name: number for number, names in enumerate(ROWS, start=1) for name in names}
 
@@ -33,6 +33,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("reports", "evaluation"): "a stored result holds the measurements of an evaluation",
     ("reports", "__init__"): "the version is stated once, in the public index",
     ("cli", "cli_arguments"): "the command line is one concept in several files",
+    ("cli", "cli_bench"): "the command line is one concept in several files",
     ("cli", "cli_progress"): "the command line is one concept in several files",
     ("cli", "cli_runs"): "the command line is one concept in several files",
     ("cli", "demo"): "the demo is a command",
