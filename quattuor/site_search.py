@@ -1,9 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """Runs site transforms on a block: turns each site into tensors, and folds what is found.
 
-Sites are taken in forward order, and each sees the error of those before it: once a site is settled, its consumers
-compute with rounded weights and rounded inputs. The block gets its original weights back at the end, with all
-scales folded, so that the search leaves the block's function as it was.
+Sites are taken in forward order. Where the transform `sees_errors`, once a site is settled its consumers compute
+with rounded weights and rounded inputs, and a site is measured by what the next one reads. Otherwise every site is
+shown in the original block and measured by the output of its module. The block gets its original weights back at the
+end, with all scales folded, so that the search leaves the block's function as it was.
 """
 
 from collections.abc import Callable, Sequence
@@ -70,10 +71,13 @@ class SiteSearch:
                 if choice is None:
                     continue
                 if site.name in transform.sites:
-                    problem = self._problem(block, block_index, hidden, site, choice)
+                    problem = self._problem(block, block_index, hidden, site, choice, transform.sees_errors)
                     scale = _find(transform, problem, f"{self.description.blocks}.{block_index}.{site.name}")
-                    fold_scale_(block, self.description, self.heads, site, scale)
                     found.append((site, scale))
+                if not transform.sees_errors:
+                    continue
+                if site.name in transform.sites:
+                    fold_scale_(block, self.description, self.heads, site, scale)
                 _degrade_(block, site, choice, stack)
         for name, value in block.named_parameters():
             value.data.copy_(original[name])
@@ -88,6 +92,7 @@ class SiteSearch:
         hidden: Hidden,
         site: Site,
         choice: tuple[Granularity, int, ActivationQuantizer | None],
+        sees_errors: bool,
     ) -> SiteProblem:
         """Describe a site by its tensors. The consumers are not rounded yet, so theirs is the original weight."""
         granularity, bits, activations = choice
@@ -99,7 +104,7 @@ class SiteSearch:
         return SiteProblem(
             inputs=inputs,
             weight=torch.cat([linear.weight for linear in linears]).float(),
-            evaluate=self._evaluate(block, block_index, site, device),
+            evaluate=self._evaluate(block, block_index, site, device, next_input=sees_errors),
             abs_max=statistic.result().to(device),
             ties=self._ties(site, device),
             granularity=granularity,
@@ -117,9 +122,9 @@ class SiteSearch:
         return (kv_head[:, None] * heads.head_dim + channel).reshape(-1)
 
     def _evaluate(
-        self, block: nn.Module, block_index: int, site: Site, device: torch.device
+        self, block: nn.Module, block_index: int, site: Site, device: torch.device, *, next_input: bool
     ) -> Callable[[Tensor, Tensor], Tensor]:
-        """Return f(inputs, weight): what the next site reads, or the linear's output where nothing follows."""
+        """Return f(inputs, weight): what the next site reads, or the output of the module or linear."""
         attention, mlp = self.description.attention, self.description.mlp
         assert attention is not None, "only described sites have a transform"
         assert mlp is not None, "only described sites have a transform"
@@ -130,12 +135,13 @@ class SiteSearch:
         elif site.name == "gate_up" and mlp.module is not None:
             module, target, arguments = block.get_submodule(mlp.module), block.get_submodule(mlp.down), {}
         else:
-            return self._linear(linears[0], site.name == "gate_up")
+            return self._linear(linears[0], site.name == "gate_up" and next_input)
 
         def run(inputs: Tensor, weight: Tensor) -> Tensor:
             with _weights(linears, weight):
                 x = inputs.to(linears[0].weight.dtype)
-                return self.runner.intercept(module, target, x, arguments).float()
+                value = self.runner.intercept(module, target, x, arguments)
+                return value.float() if next_input else target(value).float()
 
         return run
 

@@ -21,7 +21,7 @@ from quattuor.rules import Rule
 from quattuor.scales import AbsMax
 from quattuor.site_search import SiteSearch
 from quattuor.solvers import WeightQuantizer
-from quattuor.transforms import AdaptiveSmoothing, MigrateScale
+from quattuor.transforms import ActivationAwareScale, AdaptiveSmoothing, MigrateScale
 from quattuor.transforms.base import SITES, SiteTransform
 from quattuor.transforms.smoothing import round_weight
 
@@ -29,6 +29,7 @@ CPU = torch.device("cpu")
 TOKENS = torch.randint(0, 255, (4, 24), generator=torch.Generator().manual_seed(5))
 W4A8 = (PerChannel(), 4, DynamicQuantizer())
 SMOOTHING = AdaptiveSmoothing(num_candidates=12)
+AWARE = ActivationAwareScale(num_steps=4, share_values=True)
 PLAIN = Recipe(
     weights=WeightQuantizer(number_format=Integer(4), granularity=PerChannel(), scales=AbsMax()),
     activations=DynamicQuantizer(),
@@ -76,20 +77,25 @@ def logits(model):
         return model(TOKENS, use_cache=False).logits
 
 
+@pytest.mark.parametrize("transform", [SMOOTHING, AWARE], ids=lambda value: type(value).__name__)
 @pytest.mark.parametrize("family", FAMILIES)
-def test_smoothing_leaves_the_function_as_it_was(family):
+def test_searched_scales_leave_the_function_as_it_was(family, transform):
     model = tiny_model(family, dtype=torch.float64)
     expected = logits(model)
     setting = Setting(model)
     for index, block in enumerate(setting.blocks):
-        scales = setting.run_(SMOOTHING, index)
+        scales = setting.run_(transform, index)
         assert set(scales) == set(SITES)
         assert float(scales["qkv"].max()) > 2, "the planted outliers were smoothed"
         setting.hidden = setting.runner.run(block, index, setting.hidden)
     assert (logits(model) - expected).abs().max() / expected.abs().max() < 1e-10
 
 
-@pytest.mark.parametrize("transform", [SMOOTHING, MigrateScale(sites=SITES), MigrateScale()], ids=repr)
+@pytest.mark.parametrize(
+    "transform",
+    [SMOOTHING, AWARE, MigrateScale(sites=SITES), MigrateScale()],
+    ids=lambda value: type(value).__name__,
+)
 @pytest.mark.parametrize("family", ["llama", "phi3", "gemma2", "opt"])
 def test_no_trace_of_the_rounding_is_left(tiny, family, transform):
     model = tiny(family)
@@ -102,6 +108,62 @@ def test_no_trace_of_the_rounding_is_left(tiny, family, transform):
     for name, value in expected.named_parameters():
         assert torch.equal(found[name], value), name
     assert not any(module._forward_pre_hooks for module in setting.blocks[0].modules())
+
+
+@dataclass(frozen=True, kw_only=True)
+class BlindWatcher(Watcher):
+    """A watcher that wants each site as the original block has it."""
+
+    @property
+    def sees_errors(self):
+        return False
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "qwen3", "phi3", "gemma2", "opt"])
+def test_transforms_that_see_no_errors_are_shown_the_original_block(tiny, family):
+    """Every site's inputs and weights are the block's own, and what is compared is the output of the module."""
+    setting = Setting(tiny(family))
+    block = copy.deepcopy(setting.blocks[0])
+    outputs = {}
+
+    def keep(name):
+        return lambda _, arguments, output: outputs.update(
+            {name: output[0] if isinstance(output, tuple) else output}
+        )
+
+    attention, mlp = setting.description.attention, setting.description.mlp
+    modules = {"qkv": attention.module, "output": attention.output, "gate_up": mlp.module, "down": mlp.down}
+    modules["gate_up"] = modules["gate_up"] or mlp.up  # a plain network without a module: its first linear
+    for name, path in modules.items():
+        block.get_submodule(path).register_forward_hook(keep(name))
+    batches = [setting.runner.run(block, 0, [batch]) and dict(outputs) for batch in setting.hidden]
+    watcher = BlindWatcher()
+    setting.run_(watcher)
+    assert len(watcher.shown) == len(SITES)
+    for site, (problem, value) in zip(setting.sites, watcher.shown, strict=True):
+        inputs = torch.cat(setting.runner.site_inputs(block, 0, setting.hidden, site))
+        torch.testing.assert_close(problem.inputs, inputs, rtol=1e-5, atol=1e-5)
+        weights = [block.get_submodule(path).weight for path in site.consumers]
+        assert torch.equal(problem.weight, torch.cat(weights))
+        expected = torch.cat(
+            [
+                batch[site.name].reshape(len(hidden), -1, value.shape[-1])
+                for batch, hidden in zip(batches, setting.hidden, strict=True)
+            ]
+        )
+        torch.testing.assert_close(value, expected, rtol=1e-4, atol=1e-4)
+
+
+def test_replaying_found_scales_gives_the_same_weights(tiny):
+    """A search result is a few vectors; folding them into the untouched block is the search without its cost."""
+    setting = Setting(tiny("llama"))
+    untouched = copy.deepcopy(setting.blocks[0])
+    stored = {name: scale.clone() for name, scale in setting.run_(AWARE).items()}
+    assert any(float(scale.max()) > 1.5 for scale in stored.values())
+    setting.fold_(untouched, stored)
+    for name, value in untouched.named_parameters():
+        assert torch.equal(value, dict(setting.blocks[0].named_parameters())[name]), name
 
 
 @pytest.mark.parametrize("family", ["llama", "phi3", "opt", "gemma3_text"])

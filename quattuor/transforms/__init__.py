@@ -4,11 +4,13 @@
 from quattuor.transforms.base import RotationTransform, SiteProblem, SiteTransform, Transform
 from quattuor.transforms.hadamard import hadamard, has_hadamard
 from quattuor.transforms.rotation import FoldNorms, RotateHeads, RotateResidual
+from quattuor.transforms.scale_search import ActivationAwareScale
 from quattuor.transforms.scaling import MigrateScale
 from quattuor.transforms.smoothing import AdaptiveSmoothing
 
 __all__ = [
     "TRANSFORMS",
+    "ActivationAwareScale",
     "AdaptiveSmoothing",
     "FoldNorms",
     "MigrateScale",
@@ -22,5 +24,12 @@ __all__ = [
     "has_hadamard",
 ]
 
-TRANSFORMS: tuple[type[Transform], ...] = (FoldNorms, RotateResidual, RotateHeads, MigrateScale, AdaptiveSmoothing)
+TRANSFORMS: tuple[type[Transform], ...] = (
+    FoldNorms,
+    RotateResidual,
+    RotateHeads,
+    MigrateScale,
+    AdaptiveSmoothing,
+    ActivationAwareScale,
+)
 """Every transform that a recipe may name."""

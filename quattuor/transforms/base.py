@@ -17,6 +17,7 @@ from torch import Tensor
 from quattuor.activations.base import ActivationQuantizer
 from quattuor.errors import CalibrationError, InputError, compose
 from quattuor.granularity import Granularity
+from quattuor.online_maps import OnlineMap
 
 __all__ = [
     "SITES",
@@ -24,9 +25,12 @@ __all__ = [
     "SiteProblem",
     "SiteTransform",
     "Transform",
+    "TransformedWeight",
+    "WeightTransform",
     "check_finite",
     "check_sites",
     "max_within_ties",
+    "mean_within_ties",
 ]
 
 SITES = ("qkv", "output", "gate_up", "down")
@@ -79,9 +83,47 @@ class SiteTransform(Transform, ABC):
     def sites(self) -> tuple[str, ...]:
         """Names of the sites it acts on."""
 
+    @property
+    def sees_errors(self) -> bool:
+        """Whether a site is shown with earlier sites of its block rounded, measured by what the next one reads.
+
+        Otherwise each site is shown in the original block, measured by the output of its module: the attention, the
+        feed-forward, or for what reads no norm the linear itself.
+        """
+        return True
+
     @abstractmethod
     def find(self, problem: SiteProblem) -> Float[Tensor, " K"]:
         """Return the positive divisor of each input channel, equal within ties; ones where nothing helps."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class TransformedWeight:
+    """A weight in another basis, its statistics there, and the maps that undo the change at run time.
+
+    y = x @ W.T equals y = output_map(input_map(x) @ weight.T)
+
+    Args:
+        weight: The matrix to quantize, [N, K].
+        hessian: Hessian of the mapped inputs, [K, K].
+        input_map: Applied to inputs; None for the identity.
+        output_map: Applied to outputs; None for the identity.
+    """
+
+    weight: Float[Tensor, "N K"]
+    hessian: Float[Tensor, "K K"]
+    input_map: OnlineMap | None
+    output_map: OnlineMap | None
+
+
+class WeightTransform(Transform, ABC):
+    """A change of basis of one weight that stays at run time, chosen for that weight alone."""
+
+    @abstractmethod
+    def transform(
+        self, weight: Float[Tensor, "N K"], hessian: Float[Tensor, "K K"], seed: int
+    ) -> TransformedWeight:
+        """Return the weight in its new basis; the same for the same arguments."""
 
 
 def check_sites(sites: tuple[str, ...], place: str) -> None:
@@ -122,3 +164,13 @@ def max_within_ties(values: Float[Tensor, " K"], ties: Int64[Tensor, " K"] | Non
     largest = values.new_zeros(int(tie_index_K.max()) + 1)
     largest.scatter_reduce_(0, tie_index_K, values, reduce="amax", include_self=False)
     return largest[tie_index_K]
+
+
+def mean_within_ties(values: Float[Tensor, " K"], ties: Int64[Tensor, " K"] | None) -> Float[Tensor, " K"]:
+    """Give each channel the mean over the channels tied to it."""
+    if ties is None:
+        return values
+    _, tie_index_K = torch.unique(ties, return_inverse=True)
+    total = values.new_zeros(int(tie_index_K.max()) + 1)
+    total.scatter_reduce_(0, tie_index_K, values, reduce="mean", include_self=False)
+    return total[tie_index_K]

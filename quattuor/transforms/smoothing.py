@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Changes of scale found by search on the error they leave."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import floor
 
@@ -14,7 +15,15 @@ from quattuor.granularity import Granularity
 from quattuor.scales import AbsMax
 from quattuor.transforms.base import SITES, SiteProblem, SiteTransform, check_finite, check_sites, max_within_ties
 
-__all__ = ["AdaptiveSmoothing", "candidate_thresholds", "round_weight", "smoothing_scale", "threshold_losses"]
+__all__ = [
+    "AdaptiveSmoothing",
+    "candidate_thresholds",
+    "check_count",
+    "round_weight",
+    "scale_losses",
+    "smoothing_scale",
+    "threshold_losses",
+]
 
 SMALLEST_THRESHOLD = 0.1
 THRESHOLD_STEP = 0.5
@@ -55,8 +64,9 @@ class AdaptiveSmoothing(SiteTransform):
 
     def __post_init__(self) -> None:
         """Reject searches that cannot choose and sites that do not exist."""
-        _check_count(self.num_candidates, 2, "num_candidates", "the authors' rule")
-        _check_count(self.max_sequences, 1, "max_sequences", "all sequences")
+        place = "AdaptiveSmoothing"
+        check_count(self.num_candidates, 2, "num_candidates", place, "the authors' rule")
+        check_count(self.max_sequences, 1, "max_sequences", place, "all sequences")
         check_sites(self.sites, "AdaptiveSmoothing")
 
     def find(self, problem: SiteProblem) -> Float[Tensor, " K"]:
@@ -75,7 +85,8 @@ class AdaptiveSmoothing(SiteTransform):
         return smoothing_scale(input_max_K, thresholds[best_index])
 
 
-def _check_count(count: int | None, smallest: int, subject: str, default: str) -> None:
+def check_count(count: int | None, smallest: int, subject: str, place: str, default: str) -> None:
+    """Reject what is neither None nor an integer of at least `smallest`; `default` says what None stands for."""
     if count is None:
         return
     if isinstance(count, bool) or not isinstance(count, int) or count < smallest:
@@ -84,7 +95,7 @@ def _check_count(count: int | None, smallest: int, subject: str, default: str) -
                 subject=subject,
                 value=count,
                 constraint=f"is not an integer of at least {smallest}",
-                place="AdaptiveSmoothing",
+                place=place,
                 remedy=f"use None for {default}, or a larger number",
             )
         )
@@ -114,7 +125,6 @@ def candidate_thresholds(
     return [largest - index * step for index in range(num_candidates - 1)] + [SMALLEST_THRESHOLD]
 
 
-@torch.no_grad()
 def threshold_losses(
     problem: SiteProblem,
     input_max: Float[Tensor, " K"],
@@ -123,8 +133,37 @@ def threshold_losses(
 ) -> Float64[Tensor, " C"]:
     """Return L of each threshold.
 
+    Raises:
+        CalibrationError: There is no sequence, or an error is not finite.
+    """
+
+    def rounded(weight: Tensor) -> Tensor:
+        return round_weight(weight, problem.granularity, problem.bits)
+
+    scales = [smoothing_scale(input_max, threshold) for threshold in thresholds]
+    return scale_losses(problem, scales, rounded, max_sequences, place="AdaptiveSmoothing")
+
+
+@torch.no_grad()
+def scale_losses(
+    problem: SiteProblem,
+    scales: Sequence[Float[Tensor, " K"]],
+    rounded: Callable[[Tensor], Tensor],
+    max_sequences: int | None,
+    *,
+    place: str,
+) -> Float64[Tensor, " C"]:
+    """Return mean_t sum_n (f(Qa(X / s), rounded(W s)) - f(X, W))_tn^2 of each candidate s.
+
     Batches of sequences are the outer loop: each is loaded once, and its exact output computed once, for all
     candidates whose rounded weights fit into the memory budget.
+
+    Args:
+        problem: The site.
+        scales: The candidates.
+        rounded: Imitates the weight quantizer.
+        max_sequences: Sequences, from the first, that count; None for all.
+        place: Who asks, for messages.
 
     Raises:
         CalibrationError: There is no sequence, or an error is not finite.
@@ -132,15 +171,15 @@ def threshold_losses(
     inputs_BTK = problem.inputs[:max_sequences]
     num_tokens = inputs_BTK.shape[0] * inputs_BTK.shape[1]
     weight_NK = problem.weight
-    losses_C = torch.zeros(len(thresholds), dtype=torch.float64, device=weight_NK.device)
+    losses_C = torch.zeros(len(scales), dtype=torch.float64, device=weight_NK.device)
     num_at_once = max(1, STACKED_WEIGHT_BYTES // (weight_NK.numel() * weight_NK.element_size()))
-    for start in range(0, len(thresholds), num_at_once):
-        scales = [smoothing_scale(input_max, tau) for tau in thresholds[start : start + num_at_once]]
-        weights = [round_weight(weight_NK * scale_K, problem.granularity, problem.bits) for scale_K in scales]
+    for start in range(0, len(scales), num_at_once):
+        some = scales[start : start + num_at_once]
+        weights = [rounded(weight_NK * scale_K) for scale_K in some]
         for batch_BTK in inputs_BTK.split(max(1, TOKENS_AT_ONCE // inputs_BTK.shape[1])):
             x_BTK = batch_BTK.to(weight_NK.device)
             target = problem.evaluate(x_BTK, weight_NK)
-            for index, (scale_K, rounded_NK) in enumerate(zip(scales, weights, strict=True), start):
+            for index, (scale_K, rounded_NK) in enumerate(zip(some, weights, strict=True), start):
                 smooth_BTK = x_BTK / scale_K
                 if problem.activations is not None:
                     smooth_BTK = problem.activations.fake_quantize(smooth_BTK)
@@ -153,7 +192,7 @@ def threshold_losses(
                 subject="loss",
                 value=f"{losses_C.tolist()[:3]} ...",
                 constraint=f"is not finite over {num_tokens} calibration tokens",
-                place="AdaptiveSmoothing",
+                place=place,
                 remedy="give at least one calibration sequence, and compute in float32",
             )
         )

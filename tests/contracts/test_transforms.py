@@ -10,7 +10,15 @@ import torch
 from quattuor.activations import DynamicQuantizer
 from quattuor.granularity import PerChannel, PerGroup
 from quattuor.recipe import Recipe
-from quattuor.transforms import TRANSFORMS, AdaptiveSmoothing, FoldNorms, MigrateScale, RotateHeads, RotateResidual
+from quattuor.transforms import (
+    TRANSFORMS,
+    ActivationAwareScale,
+    AdaptiveSmoothing,
+    FoldNorms,
+    MigrateScale,
+    RotateHeads,
+    RotateResidual,
+)
 from quattuor.transforms.base import SITES, SiteProblem
 from quattuor.transforms.rotation import (
     fold_gain,
@@ -36,6 +44,8 @@ SITE_TRANSFORMS = (
     MigrateScale(alpha=0.85, sites=SITES),
     AdaptiveSmoothing(num_candidates=20),
     AdaptiveSmoothing(num_candidates=20, max_sequences=1, sites=("down",)),
+    ActivationAwareScale(share_values=True),
+    ActivationAwareScale(num_steps=4, include_one=True, symmetric=True, share_values=True, max_sequences=1),
 )
 OTHERS = (FoldNorms(),)
 
