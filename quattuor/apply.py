@@ -11,7 +11,8 @@ from quattuor.activations import ActivationQuantizer
 from quattuor.errors import InputError, UnsupportedError, compose
 from quattuor.folding import linear_at
 from quattuor.models import DecoderDescription, Site, SiteKind
-from quattuor.nn.linear import QuantizedLinear, reason_against_execution
+from quattuor.nn.execution import reason_against_execution
+from quattuor.nn.linear import QuantizedLinear
 from quattuor.recipe import Recipe
 from quattuor.rules import check_all_rules_match, match
 from quattuor.solvers import Solution, WeightQuantizer
@@ -119,7 +120,7 @@ def _check_execution(recipe: Recipe, names: list[str]) -> None:
 def _check_solvers(recipe: Recipe, names: list[str]) -> None:
     for name in names:
         choice = choose(recipe, name)
-        if choice is not None and "cross" in choice.weights.solver.needs and not recipe.sequential:
+        if choice is not None and "cross" in choice.weights.needs and not recipe.sequential:
             raise InputError(
                 compose(
                     subject="sequential",

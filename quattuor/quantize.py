@@ -24,6 +24,7 @@ from quattuor.errors import CalibrationError, InputError, UnsupportedError, comp
 from quattuor.folding import (
     fold_block_norms_,
     fold_final_norm_,
+    linear_at,
     rotate_block_heads_,
     rotate_block_residual_,
     rotate_ends_,
@@ -31,12 +32,13 @@ from quattuor.folding import (
 )
 from quattuor.granularity import Granularity
 from quattuor.models import DecoderDescription, Heads, Site, describe, discover
-from quattuor.nn.linear import LinearLayout, QuantizedLinear
+from quattuor.nn.layout import LinearLayout
+from quattuor.nn.linear import QuantizedLinear
 from quattuor.progress import Progress, Silent
 from quattuor.quantization_report import LayerReport, QuantizationReport
 from quattuor.recipe import Recipe
 from quattuor.site_search import SiteSearch
-from quattuor.solvers import Solution
+from quattuor.solvers import Solution, WeightToQuantize
 from quattuor.transforms import FoldNorms, RotateHeads, RotateResidual
 from quattuor.transforms.base import SiteTransform
 
@@ -82,6 +84,7 @@ class _Run:
     seed: int
     kernel: str | None
     report: QuantizationReport
+    model_statistics: dict[str, dict[str, Tensor]]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -225,7 +228,7 @@ def _uses_data(run: _Run) -> bool:
     """Whether any part looks at activations; if not, no forward pass is run."""
     if any(isinstance(transform, SiteTransform) for transform in run.recipe.transforms):
         return True
-    return any(choice.weights.solver.needs for choice in _choices(run))
+    return any(choice.weights.needs for choice in _choices(run))
 
 
 def _choices(run: _Run) -> list[LinearChoice]:
@@ -263,6 +266,7 @@ def _prepare(
             num_tokens=0 if tokens is None else tokens.numel(),
             blocks=len(list(model.get_submodule(description.blocks).children())),
         ),
+        model_statistics={},
     )
 
 
@@ -352,7 +356,7 @@ def _smooth_block_(run: _Run, runner: BlockRunner, block: nn.Module, index: int,
 
 def _compares(run: _Run) -> bool:
     """Whether a solver compares with the original model's activations, which then flow beside the others."""
-    return any("cross" in choice.weights.solver.needs for choice in _choices(run))
+    return any("cross" in choice.weights.needs for choice in _choices(run))
 
 
 def _quantize_block_(run: _Run, runner: BlockRunner, block: nn.Module, index: int, state: _Stream) -> _Stream:
@@ -390,7 +394,8 @@ def _collect(
     needs: dict[Site, frozenset[str]] = {}
     for site in stage:
         choices = [choose(run.recipe, f"{prefix}.{path}") for path in site.consumers]
-        needs[site] = frozenset().union(*(choice.weights.solver.needs for choice in choices if choice))
+        needed = frozenset[str]().union(*(choice.weights.needs for choice in choices if choice))
+        needs[site] = needed.difference(run.model_statistics)
     rounds = run.recipe.inputs == "rounded" and run.recipe.activations is not None
     prepare = run.recipe.activations.fake_quantize if rounds and run.recipe.activations else None
     return runner.collect(block, index, hidden, needs, prepare, original)
@@ -406,9 +411,16 @@ def _solve_site_(run: _Run, block: nn.Module, index: int, site: Site, statistics
             groups.setdefault(choice, []).append(path)
     for choice, paths in groups.items():
         start = time.perf_counter()
-        weights = [block.get_submodule(path).weight.float() for path in paths]
+        weights = [
+            WeightToQuantize(
+                name=f"{prefix}.{path}",
+                weight=linear_at(block, path).weight.float(),
+                statistics={key: of_all[f"{prefix}.{path}"] for key, of_all in run.model_statistics.items()},
+            )
+            for path in paths
+        ]
         try:
-            solutions = choice.weights.solve(weights, statistics)
+            solutions = choice.weights.solve(weights, statistics, seed=run.seed)
         except (CalibrationError, InputError) as error:
             raise type(error)(f"{prefix}.{' and '.join(paths)}: {error}") from error
         seconds = (time.perf_counter() - start) / len(paths)

@@ -19,7 +19,7 @@ from quattuor.nn.linear import QuantizedLinear
 from quattuor.recipe import Recipe
 from quattuor.rules import Rule
 from quattuor.scales import AbsMax, ClipSearch, TwoLevel
-from quattuor.solvers import Nearest, TargetCorrection, WeightQuantizer
+from quattuor.solvers import Nearest, TargetCorrection, WeightQuantizer, WeightToQuantize
 from quattuor.systems import qqq, rtn
 from quattuor.transforms import FoldNorms, RotateHeads, RotateResidual
 
@@ -164,7 +164,7 @@ def placed(model, block_index, path, quantizer, activations, dtype=torch.float32
     model.to(dtype)
     block = model.get_submodule(describe(model.config).blocks)[block_index]
     linear = block.get_submodule(path)
-    solution = quantizer.solve([linear.weight.float()], {})[0]
+    solution = quantizer.solve([WeightToQuantize(name=path, weight=linear.weight.float())], {})[0]
     module = place_(block, path, solution, activations, name=f"blocks.{block_index}.{path}")
     assert block.get_submodule(path) is module
     return linear.requires_grad_(False), module, solution
@@ -221,8 +221,9 @@ def test_with_activations_it_computes_the_product_of_integers(tiny, quantizer, g
 
 
 def test_weights_that_no_kernel_computes_are_refused_before_any_work():
-    recipe = replace(qqq(group_size=32), activations=None, inputs="quantized")
+    weights = replace(rtn(symmetric=False, group_size=None).weights, scales=AbsMax())
+    recipe = Recipe(weights=weights, activations=DynamicQuantizer())
     model = tiny_model("llama")
-    with pytest.raises(UnsupportedError, match=r"q_proj: weights=TwoLevelInteger.* have no kernel"):
+    with pytest.raises(UnsupportedError, match=r"q_proj: weights=Integer.* have no kernel"):
         quattuor.quantize(model, recipe, None)
     assert not any(isinstance(module, QuantizedLinear) for module in model.modules())

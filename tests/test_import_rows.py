@@ -13,7 +13,7 @@ PACKAGE = Path(quattuor.__file__).parent
 
 ROWS: list[set[str]] = [
     {"errors", "progress", "granularity"},
-    {"formats", "models"},
+    {"formats", "models", "deltas", "online_maps"},
     {"quantized_tensor", "kernels"},
     {"transforms", "scales", "outliers", "activations", "calibration"},
     {"solvers", "kv_cache", "nn", "rules"},
@@ -29,6 +29,7 @@ EXCEPTIONS: dict[tuple[str, str], str] = {
     ("granularity", "errors"): "every module reports its own errors; errors imports nothing",
     ("transforms", "activations"): "a site is searched under the activation quantizer that it will meet",
     ("transforms", "scales"): "a site is searched under an imitation of the weight grid",
+    ("outliers", "scales"): "a rule scores entries by what the weight grid does to them",
     ("rules", "solvers"): "a rule holds a WeightQuantizer",
     ("reports", "evaluation"): "a stored result holds the measurements of an evaluation",
     ("reports", "__init__"): "the version is stated once, in the public index",

@@ -86,7 +86,7 @@ class Recorder(Solver):
     def needs(self):
         return self.names
 
-    def solve(self, weight, grid, statistics):
+    def solve(self, weight, grid, statistics, outliers=None):
         self.seen.append(dict(statistics))
         return Nearest().solve(weight, grid, {})
 

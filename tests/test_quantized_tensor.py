@@ -1,13 +1,17 @@
 # SPDX-License-Identifier: Apache-2.0
 """QuantizedTensor: codes in, the same codes out; sizes; slices; stored state that does not fit."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import Tensor
 
+from quattuor.deltas import ElementDelta
 from quattuor.errors import CheckpointError, InputError
 from quattuor.formats import Format, Integer, Parameters, TwoLevelInteger
 from quattuor.granularity import Granularity, PerChannel, PerGroup, PerTensor
+from quattuor.online_maps import Kronecker
 from quattuor.quantized_tensor import QuantizedTensor
 
 
@@ -120,3 +124,28 @@ def test_stored_state_that_does_not_fit(packed: Tensor | None, found: str) -> No
     state = {"scale": torch.ones(4, 1)} | ({} if packed is None else {"packed": packed})
     with pytest.raises(CheckpointError, match=rf"layer.7: packed={found} is not the uint8 \(4, 4\) of Integer"):
         QuantizedTensor.from_state(state, Integer(4), PerChannel(), (4, 8), name="layer.7")
+
+
+def test_extras_are_part_of_the_weight(generator: torch.Generator) -> None:
+    _, plain = make(Integer(4), PerGroup(6), (8, 12), generator)
+    mask = torch.rand(8, 12, generator=generator) < 0.2
+    delta = ElementDelta.from_dense(torch.randn(8, 12, generator=generator), mask)
+    input_map = Kronecker(
+        left=torch.randn(3, 3, generator=generator),
+        right=torch.randn(4, 4, generator=generator),
+        before=torch.rand(12, generator=generator) + 0.5,
+    )
+    output_map = Kronecker(left=torch.randn(2, 2, generator=generator), right=torch.eye(4))
+    tensor = dataclasses.replace(plain, delta=delta, input_map=input_map, output_map=output_map)
+    x = torch.randn(5, 12, generator=generator)
+    expected = output_map.apply(input_map.apply(x) @ (plain.decode() + delta.dense((8, 12))).T)
+    assert torch.allclose(x @ tensor.decode().T, expected, atol=1e-4)
+    assert torch.equal(tensor.decode_codes(), plain.decode())
+
+    state = tensor.state()
+    assert {"delta_values", "input_map_before", "output_map_left"} < set(state)
+    again = QuantizedTensor.from_state(
+        state, tensor.number_format, tensor.granularity, tensor.shape, extra_kinds=tensor.extra_kinds
+    )
+    assert torch.equal(again.decode(), tensor.decode())
+    assert again.nbytes == tensor.nbytes > plain.nbytes

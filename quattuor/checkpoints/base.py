@@ -13,7 +13,7 @@ from transformers import AutoTokenizer, GenerationConfig, PreTrainedModel
 from quattuor.activations.base import ActivationQuantizer
 from quattuor.checkpoints.skeleton import expected_tensors, quantized_linears
 from quattuor.errors import InputError, compose
-from quattuor.nn.linear import LinearLayout
+from quattuor.nn.layout import LinearLayout
 from quattuor.quantized_tensor import QuantizedTensor
 
 __all__ = ["CheckpointFormat", "PackedModel", "read_generation_config", "read_tokenizer"]
@@ -57,7 +57,7 @@ class PackedModel:
                     remedy="quantize it first, or save it with its own save_pretrained",
                 )
             )
-        packed = {f"{name}.{leaf}" for name, module in modules.items() for leaf in module.tensor.state()}
+        packed = {f"{name}.{leaf}" for name, module in modules.items() for leaf in module.layout.tensor_names}
         return cls(
             config=model.config,
             linears={name: module.tensor for name, module in modules.items()},

@@ -5,14 +5,19 @@
  "layouts": [layout, ...], "modules": {module name: index into layouts}}
 
 layout = {"number_format": part, "granularity": part, "activations": part or null,
-          "parameters": [{"name": "scale", "dtype": "float32", "per_group": true}, ...]}
+          "parameters": [{"name": "scale", "dtype": "float32", "per_group": true}, ...],
+          "extras": [{"role": "delta", "kind": "ColumnDelta", "name": "indices",
+                      "dtype": "int32", "shape": [2]}, ...]}
+
+Fields with their default value, and `extras` where there are none, are left out.
 """
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
 from quattuor.errors import CheckpointError, InputError, UnsupportedError, compose
-from quattuor.nn.linear import LinearLayout, ParameterLayout
+from quattuor.nn.layout import ExtraLayout, LinearLayout, ParameterLayout
 from quattuor.recipe import Recipe, part_from_dict, part_to_dict
 
 __all__ = [
@@ -33,7 +38,7 @@ FORMAT_VERSION = 1
 
 def stored_names(name: str, layout: LinearLayout) -> tuple[str, ...]:
     """Return the full names of the tensors of a packed weight, without its bias."""
-    return tuple(f"{name}.{leaf}" for leaf in ("packed", *(item.name for item in layout.parameters)))
+    return tuple(f"{name}.{leaf}" for leaf in layout.tensor_names)
 
 
 def expected_bytes(layout: LinearLayout, out_features: int, in_features: int) -> int:
@@ -51,10 +56,23 @@ def layout_to_dict(layout: LinearLayout) -> dict[str, Any]:
         "number_format": part_to_dict(layout.number_format),
         "granularity": part_to_dict(layout.granularity),
         "activations": part_to_dict(layout.activations),
-        "parameters": [
-            {"name": item.name, "dtype": item.dtype, "per_group": item.per_group} for item in layout.parameters
-        ],
+        "parameters": [_changed_fields(item) for item in layout.parameters],
+        **({"extras": [_changed_fields(item) for item in layout.extras]} if layout.extras else {}),
     }
+
+
+def _changed_fields(item: ParameterLayout | ExtraLayout) -> dict[str, Any]:
+    """Return the fields that have no default or another value; tuples become lists."""
+    values = {field.name: (getattr(item, field.name), field.default) for field in dataclasses.fields(item)}
+    return {
+        name: list(value) if isinstance(value, tuple) else value
+        for name, (value, default) in values.items()
+        if value != default
+    }
+
+
+def _with_tuples(data: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
 
 
 def layout_from_dict(data: Mapping[str, Any], place: str) -> LinearLayout:
@@ -68,7 +86,8 @@ def layout_from_dict(data: Mapping[str, Any], place: str) -> LinearLayout:
             number_format=part_from_dict(data["number_format"], f"{place}.number_format"),
             granularity=part_from_dict(data["granularity"], f"{place}.granularity"),
             activations=part_from_dict(data["activations"], f"{place}.activations"),
-            parameters=tuple(ParameterLayout(**item) for item in data["parameters"]),
+            parameters=tuple(ParameterLayout(**_with_tuples(item)) for item in data["parameters"]),
+            extras=tuple(ExtraLayout(**_with_tuples(item)) for item in data.get("extras", ())),
         )
     except (KeyError, TypeError, InputError) as error:
         raise CheckpointError(

@@ -23,7 +23,7 @@ from quattuor.checkpoints.skeleton import expected_tensors, quantized_linears, q
 from quattuor.checkpoints.tensors import SafetensorsStore
 from quattuor.checkpoints.writing import write_json
 from quattuor.errors import CheckpointError, InputError, compose
-from quattuor.nn.linear import LinearLayout
+from quattuor.nn.layout import LinearLayout
 from quattuor.quantized_tensor import QuantizedTensor
 from quattuor.recipe import Recipe
 
@@ -209,15 +209,10 @@ def read_native(folder: str | Path) -> PackedModel:
         )
     linears, packed = {}, set()
     for name, module in quantized_linears(model).items():
-        leaves = module.tensor.state()
+        leaves = module.layout.tensor_names
         packed |= {f"{name}.{leaf}" for leaf in leaves}
-        linears[name] = QuantizedTensor.from_state(
-            {leaf: store.read(f"{name}.{leaf}") for leaf in leaves},
-            module.layout.number_format,
-            module.layout.granularity,
-            (module.out_features, module.in_features),
-            name=name,
-        )
+        state = {leaf: store.read(f"{name}.{leaf}") for leaf in leaves}
+        linears[name] = module.layout.read(state, module.out_features, module.in_features, name=name)
     return PackedModel(
         config=config,
         linears=linears,

@@ -59,6 +59,8 @@ def refusal(tensor: QuantizedTensor) -> str | None:
     """Return why this layout cannot hold a weight, or None when it can."""
     number_format, granularity = tensor.number_format, tensor.granularity
     out_features, in_features = tensor.shape
+    if tensor.extra_kinds:
+        return f"has {' and '.join(tensor.extra_kinds)} beside its codes"
     if number_format.bits != BITS:
         return f"has {number_format.bits} bits; the layout only knows {BITS}"
     is_channel = isinstance(number_format, Integer) and number_format.symmetric

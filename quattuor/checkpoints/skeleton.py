@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from quattuor.errors import CheckpointError, UnsupportedError, compose
-from quattuor.nn.linear import LinearLayout, QuantizedLinear
+from quattuor.nn.layout import LinearLayout
+from quattuor.nn.linear import QuantizedLinear
 
 __all__ = [
     "empty_model",

@@ -8,7 +8,7 @@ from torch import nn
 from quattuor.checkpoints.native import CheckpointWriter
 from quattuor.checkpoints.skeleton import quantized_linears, tied_names
 from quattuor.checkpoints.source import ModelSource
-from quattuor.nn.linear import LinearLayout
+from quattuor.nn.layout import LinearLayout
 
 __all__ = ["StreamingStore"]
 

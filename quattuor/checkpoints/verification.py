@@ -65,7 +65,7 @@ def inspect(folder: str | Path) -> list[LayerRow]:
     rows = []
     for name, module in quantized_linears(quantized_skeleton(config, read_layouts(config))).items():
         nbytes = 0
-        for leaf in module.tensor.state():
+        for leaf in module.layout.tensor_names:
             full = f"{name}.{leaf}"
             _require(full in store.names(), full, "missing", "is not stored", folder)
             nbytes += torch.empty(store.shape(full), dtype=store.dtype(full), device="meta").nbytes
@@ -110,7 +110,7 @@ def verify(folder: str | Path, against: ModelSource | None = None) -> list[Verif
     linears = quantized_linears(model)
     rows, packed = [], set()
     for name, module in linears.items():
-        state = {leaf: f"{name}.{leaf}" for leaf in module.tensor.state()}
+        state = {leaf: f"{name}.{leaf}" for leaf in module.layout.tensor_names}
         packed |= set(state.values())
         tensors = {
             leaf: _check_stored(store, full, manifest["tensors"][full], module.get_buffer(leaf), folder)
@@ -175,9 +175,7 @@ def _check_linear(
     folder: Path,
 ) -> VerifiedRow:
     layout = module.layout
-    tensor = QuantizedTensor.from_state(
-        tensors, layout.number_format, layout.granularity, (module.out_features, module.in_features), name=name
-    )
+    tensor = layout.read(tensors, module.out_features, module.in_features, name=name)
     checks = ["stored", "hash", "codes", "scales"]
     codes, (lowest, highest) = tensor.codes, layout.number_format.code_range
     span = f"{int(codes.min())}..{int(codes.max())}"

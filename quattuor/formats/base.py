@@ -123,6 +123,16 @@ class Format(ABC):
     ) -> Float[Tensor, "*lead S"]:
         """Return the real numbers of the codes, in float32 (float64 when the scale is float64)."""
 
+    @property
+    def row_group(self) -> int:
+        """Consecutive rows that share a parameter; their number of rows must divide a weight's."""
+        return 1
+
+    @property
+    def packed_parameters(self) -> Mapping[str, int]:
+        """Parameters that are small integers themselves, and the bits that each takes when stored."""
+        return {}
+
     def fake_quantize(self, values: Float[Tensor, "*lead S"], parameters: Parameters) -> Float[Tensor, "*lead S"]:
         """decode(encode(values)), in the dtype of `values`."""
         return self.decode(self.encode(values, parameters), parameters).to(values.dtype)

@@ -2,7 +2,8 @@
 """The contract of a scale rule, and the grid that a format, a granularity and a rule make together."""
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import torch
@@ -22,6 +23,20 @@ SMALLEST_SCALE = {"float32": 1e-30, "float16": 2.0**-24}
 
 class ScaleRule(ABC):
     """Chooses the parameters of each group. Computes in the dtype of the values, stores what it returns."""
+
+    @property
+    def couples_groups(self) -> bool:
+        """Whether the parameters of a group depend on the other groups of its row."""
+        return False
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the statistics of the layer's input that `given` reads (see `calibration/statistics.py`)."""
+        return frozenset()
+
+    def given(self, statistics: Mapping[str, Tensor], granularity: Granularity) -> "ScaleRule":
+        """Return the rule that `fit` is called on, which may hold statistics; the rule itself when it needs none."""
+        return self
 
     @abstractmethod
     def check(self, number_format: Format) -> None:
@@ -56,8 +71,12 @@ class Grid:
         """Refuse a rule that does not serve the format."""
         self.scales.check(self.number_format)
 
-    def fit(self, weight: Float[Tensor, "N K"], importance: Float[Tensor, " K"] | None = None) -> Parameters:
-        """Fit the parameters of a matrix; `importance` has one entry per column.
+    def given(self, statistics: Mapping[str, Tensor]) -> "Grid":
+        """Return the grid with what its scale rule needs."""
+        return replace(self, scales=self.scales.given(statistics, self.granularity))
+
+    def fit(self, weight: Float[Tensor, "N K"], importance: Float[Tensor, "*N K"] | None = None) -> Parameters:
+        """Fit the parameters of a matrix; `importance` has one entry per column, or one per weight.
 
         Raises:
             InputError: A weight is NaN or infinite, so that no scale exists.
@@ -75,12 +94,20 @@ class Grid:
         values = self.granularity.split(weight)
         grouped = None
         if importance is not None:
-            rows = weight.shape[0] if values.shape[0] != weight.shape[0] else 1
+            is_shared = importance.dim() == 1 and values.shape[0] == weight.shape[0]
+            rows = 1 if is_shared else weight.shape[0]
             grouped = self.granularity.split(importance.to(weight.dtype).expand(rows, -1))
         # Rows are independent, and a search passes over its values many times: on a CPU a few rows at a time
         # stay in the cache.
         num_rows = len(values) if weight.is_cuda else max(1, CACHED_ELEMENTS * len(values) // weight.numel())
-        parts = [self.scales.fit(chunk, self.number_format, grouped) for chunk in values.split(num_rows)]
+        num_rows = -(-num_rows // self.number_format.row_group) * self.number_format.row_group
+        importances = [grouped] * -(-len(values) // num_rows)
+        if grouped is not None and grouped.shape[0] == values.shape[0]:
+            importances = list(grouped.split(num_rows))
+        parts = [
+            self.scales.fit(chunk, self.number_format, part)
+            for chunk, part in zip(values.split(num_rows), importances, strict=True)
+        ]
         return Parameters(**{name: torch.cat([part[name] for part in parts]) for name in parts[0]})
 
 

@@ -26,7 +26,7 @@ from quattuor.checkpoints.layouts import FORMAT_VERSION, QUANT_METHOD, check_ver
 from quattuor.checkpoints.skeleton import install_layouts, quantized_linears
 from quattuor.checkpoints.tensors import SafetensorsStore
 from quattuor.errors import CheckpointError, UnsupportedError, compose
-from quattuor.nn.linear import LinearLayout
+from quattuor.nn.layout import LinearLayout
 from quattuor.recipe import Recipe
 
 __all__ = ["QuattuorConfig", "QuattuorQuantizer", "register"]

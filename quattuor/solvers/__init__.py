@@ -6,7 +6,7 @@ from quattuor.solvers.column_feedback import GPTQ
 from quattuor.solvers.coordinate_descent import CoordinateDescent
 from quattuor.solvers.nearest import Nearest
 from quattuor.solvers.target_correction import TargetCorrection
-from quattuor.solvers.weight_quantizer import WeightQuantizer
+from quattuor.solvers.weight_quantizer import WeightQuantizer, WeightToQuantize
 
 __all__ = [
     "GPTQ",
@@ -16,5 +16,6 @@ __all__ = [
     "Solver",
     "TargetCorrection",
     "WeightQuantizer",
+    "WeightToQuantize",
     "hessian_error",
 ]

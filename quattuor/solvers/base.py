@@ -10,6 +10,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from quattuor.errors import CalibrationError, InputError, compose
+from quattuor.outliers.base import OutlierRule
 from quattuor.quantized_tensor import QuantizedTensor
 from quattuor.scales.base import Grid
 
@@ -39,14 +40,30 @@ class Solver(ABC):
     def needs(self) -> frozenset[str]:
         """Names of the statistics of the layer's input that `solve` reads (see `calibration/statistics.py`)."""
 
+    @property
+    def rows_interact(self) -> bool:
+        """Whether the codes of a row depend on other rows, so that weights cannot be stacked."""
+        return False
+
+    def reason_against(self, outliers: OutlierRule) -> str | None:
+        """Return why this solver cannot keep what a rule selects, or None when it can."""
+        return f"{type(self).__name__} rounds every entry"
+
     @abstractmethod
-    def solve(self, weight: Float[Tensor, "N K"], grid: Grid, statistics: Mapping[str, Tensor]) -> Solution:
+    def solve(
+        self,
+        weight: Float[Tensor, "N K"],
+        grid: Grid,
+        statistics: Mapping[str, Tensor],
+        outliers: OutlierRule | None = None,
+    ) -> Solution:
         """Return the packed weight.
 
         Args:
             weight: The matrix to approximate.
             grid: The numbers its elements can take.
-            statistics: One tensor per name in `needs`.
+            statistics: One tensor per name in `needs`, and in the rule's.
+            outliers: What is kept in high precision; only a rule that `reason_against` accepts.
 
         Raises:
             CalibrationError: The statistics cannot support the method.

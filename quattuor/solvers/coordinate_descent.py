@@ -15,6 +15,7 @@ from torch import Tensor
 
 from quattuor.errors import InputError, compose
 from quattuor.formats.base import Format, Parameters
+from quattuor.outliers.base import OutlierRule
 from quattuor.quantized_tensor import QuantizedTensor
 from quattuor.scales.base import Grid
 from quattuor.solvers.base import Solution, Solver, hessian_error, require_statistic
@@ -65,7 +66,13 @@ class CoordinateDescent(Solver):
         """The Hessian, and what the first solver needs."""
         return self.start.needs | {"hessian"}
 
-    def solve(self, weight: Float[Tensor, "N K"], grid: Grid, statistics: Mapping[str, Tensor]) -> Solution:
+    def solve(
+        self,
+        weight: Float[Tensor, "N K"],
+        grid: Grid,
+        statistics: Mapping[str, Tensor],
+        outliers: OutlierRule | None = None,
+    ) -> Solution:
         """Return the improved weight."""
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         hessian_KK = require_statistic(weight, statistics, "hessian", "CoordinateDescent")

@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from quattuor.outliers.base import OutlierRule
 from quattuor.quantized_tensor import QuantizedTensor
 from quattuor.scales.base import Grid
 from quattuor.solvers.base import Solution, Solver, hessian_error, require_statistic
@@ -30,7 +31,13 @@ class Nearest(Solver):
         """Nothing, or the Hessian for a weighted scale search."""
         return frozenset({"hessian"}) if self.weighted else frozenset()
 
-    def solve(self, weight: Float[Tensor, "N K"], grid: Grid, statistics: Mapping[str, Tensor]) -> Solution:
+    def solve(
+        self,
+        weight: Float[Tensor, "N K"],
+        grid: Grid,
+        statistics: Mapping[str, Tensor],
+        outliers: OutlierRule | None = None,
+    ) -> Solution:
         """Return the rounded weight."""
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         hessian = require_statistic(weight, statistics, "hessian", "Nearest") if self.weighted else None

@@ -16,6 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from quattuor.errors import CalibrationError, InputError, compose
+from quattuor.outliers.base import OutlierRule
 from quattuor.scales.base import Grid
 from quattuor.solvers.base import Solution, Solver, hessian_error, require_statistic
 from quattuor.solvers.column_feedback import GPTQ
@@ -61,7 +62,13 @@ class TargetCorrection(Solver):
         """The Hessian, the correlation with the original inputs, and what the inner solver needs."""
         return self.inner.needs | {"hessian", "cross"}
 
-    def solve(self, weight: Float[Tensor, "N K"], grid: Grid, statistics: Mapping[str, Tensor]) -> Solution:
+    def solve(
+        self,
+        weight: Float[Tensor, "N K"],
+        grid: Grid,
+        statistics: Mapping[str, Tensor],
+        outliers: OutlierRule | None = None,
+    ) -> Solution:
         """Return the packed weight for the corrected target."""
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         hessian_KK = require_statistic(weight, statistics, "hessian", "TargetCorrection")

@@ -1,56 +1,122 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How one weight is quantized: a grid and the solver that chooses codes on it."""
+"""How one weight is quantized: a grid, the solver that chooses codes on it, and what is kept out of both."""
 
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from quattuor.errors import UnsupportedError, compose
 from quattuor.formats.base import Format
 from quattuor.granularity import Granularity
+from quattuor.outliers.base import OutlierRule
 from quattuor.scales.base import Grid, ScaleRule
-from quattuor.solvers.base import Solution, Solver, hessian_error
+from quattuor.solvers.base import Solution, Solver, hessian_error, require_statistic
 from quattuor.solvers.nearest import Nearest
+from quattuor.transforms.base import WeightTransform
 
-__all__ = ["WeightQuantizer"]
+__all__ = ["WeightQuantizer", "WeightToQuantize"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class WeightToQuantize:
+    """One of the weights that read the same input.
+
+    Args:
+        name: Full name of its linear; with the run's seed it seeds every random choice.
+        weight: The matrix.
+        statistics: Those that belong to this weight alone, for example "fisher" [N, K].
+    """
+
+    name: str
+    weight: Float[Tensor, "N K"]
+    statistics: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WeightQuantizer:
-    """One choice per weight axis: which numbers, who shares parameters, how they are fitted, which codes."""
+    """One choice per weight axis.
+
+    Args:
+        number_format: Which numbers exist.
+        granularity: Who shares parameters.
+        scales: How parameters are fitted.
+        solver: Which codes are chosen.
+        outliers: What stays in high precision; None rounds everything.
+        transform: A basis of each weight's own, undone at run time; None leaves the weight as it is.
+    """
 
     number_format: Format
     granularity: Granularity
     scales: ScaleRule
     solver: Solver = field(default_factory=Nearest)
+    outliers: OutlierRule | None = None
+    transform: WeightTransform | None = None
 
     def __post_init__(self) -> None:
-        """Refuse a scale rule that does not serve the format."""
+        """Refuse a scale rule that does not serve the format, and outliers that the solver would round."""
         self.scales.check(self.number_format)
+        reason = None if self.outliers is None else self.solver.reason_against(self.outliers)
+        if reason is not None:
+            raise UnsupportedError(
+                compose(
+                    subject="outliers",
+                    value=self.outliers,
+                    constraint=f"cannot be kept by {type(self.solver).__name__}: {reason}",
+                    place="WeightQuantizer",
+                    remedy="choose another solver, or outliers=None",
+                )
+            )
 
     @property
     def grid(self) -> Grid:
         """The three choices that make the grid."""
         return Grid(number_format=self.number_format, granularity=self.granularity, scales=self.scales)
 
-    def solve(self, weights: Sequence[Float[Tensor, "_ K"]], statistics: Mapping[str, Tensor]) -> list[Solution]:
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the statistics that any part of it reads."""
+        extra = frozenset[str]() if self.outliers is None else self.outliers.needs
+        return self.solver.needs | extra | (frozenset({"hessian"}) if self.transform is not None else frozenset())
+
+    def solve(
+        self, weights: Sequence[WeightToQuantize], statistics: Mapping[str, Tensor], *, seed: int = 0
+    ) -> list[Solution]:
         """Quantize weights that read the same input: stacked and solved once where rows do not interact.
 
         Returns:
             One solution per weight, with its own error.
         """
-        stacked = torch.cat(list(weights))
-        rows_interact = self.granularity.split(stacked).shape[0] != stacked.shape[0]
-        if len(weights) == 1 or rows_interact:
-            return [self.solver.solve(weight, self.grid, statistics) for weight in weights]
-        whole = self.solver.solve(stacked, self.grid, statistics)
+        if len(weights) == 1 or self._rows_interact(weights[0].weight):
+            return [self._solve_alone(item, statistics, seed) for item in weights]
+        stacked = torch.cat([item.weight for item in weights])
+        own = {name: torch.cat([item.statistics[name] for item in weights]) for name in weights[0].statistics}
+        whole = self.solver.solve(stacked, self.grid, {**statistics, **own})
         hessian = statistics["hessian"] if "hessian" in self.solver.needs else None
         solutions, start = [], 0
-        for weight in weights:
-            tensor = whole.tensor.rows(start, start + weight.shape[0])
-            error = hessian_error(weight, tensor.decode(), hessian)
+        for item in weights:
+            tensor = whole.tensor.rows(start, start + item.weight.shape[0])
+            error = hessian_error(item.weight, tensor.decode(), hessian)
             solutions.append(Solution(tensor=tensor, error=error, notes=whole.notes))
-            start += weight.shape[0]
+            start += item.weight.shape[0]
         return solutions
+
+    def _rows_interact(self, weight: Float[Tensor, "N K"]) -> bool:
+        if self.outliers is not None or self.transform is not None or self.number_format.row_group > 1:
+            return True
+        return self.solver.rows_interact or self.granularity.split(weight).shape[0] != weight.shape[0]
+
+    def _solve_alone(self, item: WeightToQuantize, statistics: Mapping[str, Tensor], seed: int) -> Solution:
+        known = {**statistics, **item.statistics}
+        if self.transform is None:
+            return self.solver.solve(item.weight, self.grid, known, self.outliers)
+        hessian = require_statistic(item.weight, known, "hessian", type(self.transform).__name__)
+        own_seed = int.from_bytes(hashlib.sha256(f"{seed}:{item.name}".encode()).digest()[:6], "big")
+        changed = self.transform.transform(item.weight, hessian, own_seed)
+        solution = self.solver.solve(changed.weight, self.grid, {"hessian": changed.hessian}, self.outliers)
+        assert solution.tensor.input_map is None, "the solver has no map of its own inside another basis"
+        tensor = replace(solution.tensor, input_map=changed.input_map, output_map=changed.output_map)
+        return replace(solution, tensor=tensor, error=hessian_error(item.weight, tensor.decode(), hessian))

@@ -87,8 +87,8 @@ class SiteTransform(Transform, ABC):
     def sees_errors(self) -> bool:
         """Whether a site is shown with earlier sites of its block rounded, measured by what the next one reads.
 
-        Otherwise each site is shown in the original block, measured by the output of its module: the attention, the
-        feed-forward, or for what reads no norm the linear itself.
+        Otherwise each site is shown in the original block, measured by the output of its module: the attention,
+        the feed-forward, or for what reads no norm the linear itself.
         """
         return True
 

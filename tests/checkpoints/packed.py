@@ -14,7 +14,7 @@ from quattuor.granularity import PerChannel, PerGroup, PerTensor
 from quattuor.nn.linear import QuantizedLinear
 from quattuor.recipe import Recipe
 from quattuor.scales import AbsMax, ClipSearch, TwoLevel
-from quattuor.solvers import Nearest, WeightQuantizer
+from quattuor.solvers import Nearest, WeightQuantizer, WeightToQuantize
 
 
 def _two_level(integer: bool) -> TwoLevel:
@@ -87,7 +87,7 @@ def pack_(model: PreTrainedModel, layout: str = DEFAULT) -> PreTrainedModel:
     head = model.get_output_embeddings()
     for name, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and module is not head:
-            solution = weights.solve([module.weight.float()], {})[0]
+            solution = weights.solve([WeightToQuantize(name=name, weight=module.weight.float())], {})[0]
             packed = QuantizedLinear.from_tensor(
                 solution.tensor, module.bias, activations, dtype=module.weight.dtype, name=name
             )

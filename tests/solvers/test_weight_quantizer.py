@@ -8,7 +8,7 @@ from quattuor.errors import UnsupportedError
 from quattuor.formats import Integer, TwoLevelInteger
 from quattuor.granularity import PerChannel, PerGroup, PerTensor
 from quattuor.scales import AbsMax, ClipSearch, TwoLevel
-from quattuor.solvers import GPTQ, CoordinateDescent, Nearest, TargetCorrection, WeightQuantizer
+from quattuor.solvers import GPTQ, CoordinateDescent, Nearest, TargetCorrection, WeightQuantizer, WeightToQuantize
 
 SEARCH = ClipSearch(num_steps=10, smallest=0.5)
 QUANTIZERS = {
@@ -27,6 +27,11 @@ QUANTIZERS = {
 }
 
 
+def named(weights: list[torch.Tensor]) -> list[WeightToQuantize]:
+    """Give each weight the name of a linear."""
+    return [WeightToQuantize(name=f"linear.{index}", weight=weight) for index, weight in enumerate(weights)]
+
+
 @pytest.mark.parametrize("quantizer", QUANTIZERS.values(), ids=QUANTIZERS.keys())
 def test_together_equals_alone(quantizer: WeightQuantizer, generator: torch.Generator) -> None:
     weights = [torch.randn(rows, 32, generator=generator) * rows for rows in (8, 4, 12)]
@@ -35,10 +40,10 @@ def test_together_equals_alone(quantizer: WeightQuantizer, generator: torch.Gene
     )
     original = x + 0.05 * torch.randn(300, 32, generator=generator)
     statistics = {"hessian": x.T @ x / 300, "cross": original.T @ x / 300}
-    together = quantizer.solve(weights, statistics)
+    together = quantizer.solve(named(weights), statistics)
     assert len(together) == 3
     for weight, solution in zip(weights, together, strict=True):
-        (alone,) = quantizer.solve([weight], statistics)
+        (alone,) = quantizer.solve(named([weight]), statistics)
         assert solution.tensor.shape == tuple(weight.shape)
         assert torch.equal(solution.tensor.packed, alone.tensor.packed)
         assert list(solution.tensor.parameters) == list(alone.tensor.parameters)
@@ -56,7 +61,7 @@ def test_together_equals_alone(quantizer: WeightQuantizer, generator: torch.Gene
 
 def test_results_own_their_memory(generator: torch.Generator) -> None:
     weights = [torch.randn(4, 16, generator=generator) for _ in range(2)]
-    first, second = QUANTIZERS["nearest"].solve(weights, {})
+    first, second = QUANTIZERS["nearest"].solve(named(weights), {})
     assert first.tensor.packed.untyped_storage().nbytes() == first.tensor.packed.numel()
     assert first.tensor.packed.data_ptr() != second.tensor.packed.data_ptr()
 
@@ -64,8 +69,8 @@ def test_results_own_their_memory(generator: torch.Generator) -> None:
 def test_unneeded_statistics_do_not_change_the_error(generator: torch.Generator) -> None:
     weights = [torch.randn(4, 16, generator=generator) for _ in range(2)]
     statistics = {"hessian": torch.rand(16, generator=generator).pow(4).diag()}
-    assert [s.error for s in QUANTIZERS["nearest"].solve(weights, statistics)] == [
-        s.error for s in QUANTIZERS["nearest"].solve(weights, {})
+    assert [s.error for s in QUANTIZERS["nearest"].solve(named(weights), statistics)] == [
+        s.error for s in QUANTIZERS["nearest"].solve(named(weights), {})
     ]
 
 
@@ -73,7 +78,7 @@ def test_notes_reach_every_weight(generator: torch.Generator) -> None:
     weights = [torch.randn(4, 16, generator=generator) for _ in range(2)]
     hessian = torch.eye(16)
     hessian[3, 3] = 0
-    for solution in QUANTIZERS["gptq"].solve(weights, {"hessian": hessian}):
+    for solution in QUANTIZERS["gptq"].solve(named(weights), {"hessian": hessian}):
         assert solution.notes == ("1 dead input columns set to zero",)
 
 

@@ -8,7 +8,7 @@ from quattuor.errors import UnsupportedError
 from quattuor.formats import Integer, TwoLevelInteger
 from quattuor.granularity import PerChannel, PerGroup
 from quattuor.scales import AbsMax, TwoLevel
-from quattuor.solvers import Nearest
+from quattuor.solvers import Nearest, WeightToQuantize
 from quattuor.systems import rtn
 
 
@@ -45,7 +45,7 @@ def test_groups_and_quantized_activations_meet_on_an_int8_grid(bits: int, genera
     assert recipe.weights.number_format == TwoLevelInteger(bits)
     assert isinstance(recipe.weights.scales, TwoLevel)
     weight = torch.randn(4, 64, generator=generator)
-    tensor = recipe.weights.solve([weight], {})[0].tensor
+    tensor = recipe.weights.solve([WeightToQuantize(name="linear", weight=weight)], {})[0].tensor
     # Without refinement and clipping the step of a group is its largest weight over the highest code.
     step = tensor.parameters["group_scale"].float() * tensor.parameters["channel_scale"]
     expected = weight.view(4, 2, 32).abs().amax(-1) / (2 ** (bits - 1) - 1)

@@ -1,0 +1,214 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which operation computes a packed linear: one of integers, one of floating point, or the decoded weight."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from quattuor.activations.base import ActivationQuantizer
+from quattuor.errors import InputError, UnsupportedError, compose
+from quattuor.formats.base import Format
+from quattuor.formats.integer import Integer
+from quattuor.formats.two_level import TwoLevelInteger
+from quattuor.granularity import Granularity, PerChannel, PerGroup, PerTensor
+from quattuor.kernels import w4a8_linear, w4a16_linear
+from quattuor.kernels.dispatch import LinearProblem, Operand, Row, describe_device
+from quattuor.quantized_tensor import QuantizedTensor
+
+__all__ = ["Execution", "make_execution", "reason_against_execution"]
+
+
+def reason_against_execution(
+    number_format: Format, granularity: Granularity, activations: ActivationQuantizer | None
+) -> str | None:
+    """Return why no kernel computes a linear with these choices, or None when one does."""
+    if activations is None:
+        return None
+    if isinstance(number_format, TwoLevelInteger) and isinstance(granularity, PerGroup):
+        return None
+    is_one_scale_per_row = isinstance(granularity, PerChannel | PerTensor)
+    if isinstance(number_format, Integer) and number_format.symmetric and is_one_scale_per_row:
+        return None
+    return "an integer product needs symmetric Integer per channel or tensor, or TwoLevelInteger per group"
+
+
+class Execution(ABC):
+    """Computes x @ (decoded codes).T (+ bias), once `prepared`; deltas and maps are the module's."""
+
+    @abstractmethod
+    def prepared(self, tensor: QuantizedTensor) -> "Execution":
+        """Return the same choice with the weight laid out for it."""
+
+    @abstractmethod
+    def linear(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        """Return [M, N] for x [M, K]."""
+
+    @abstractmethod
+    def explain(self) -> list[Row]:
+        """Return which implementation computes which token counts, and why not the others."""
+
+
+@dataclass(frozen=True, slots=True)
+class IntegerExecution(Execution):
+    """Codes of activations times codes of weights."""
+
+    plan: w4a8_linear.Plan
+    activations: ActivationQuantizer
+    operand: Operand | None = None
+
+    def prepared(self, tensor: QuantizedTensor) -> "IntegerExecution":
+        """Lay out codes and scales."""
+        codes, parameters = tensor.codes, tensor.parameters
+        if isinstance(tensor.number_format, TwoLevelInteger):
+            group_scale: Tensor | None = parameters["group_scale"].to(torch.float16)
+            scale_N = parameters["channel_scale"].squeeze(1).float()
+        else:
+            group_scale, scale_N = None, parameters["scale"].expand(len(codes), 1).squeeze(1).float()
+        return replace(self, operand=self.plan.prepare(codes, scale_N, group_scale))
+
+    def linear(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        """Quantize the rows, multiply integers."""
+        assert self.operand is not None, "prepared comes first"
+        codes, scale = self.activations.encode(x)
+        return self.plan.linear(codes, scale, self.operand, bias, out_dtype)
+
+    def explain(self) -> list[Row]:
+        """Return the plan's table."""
+        return self.plan.explain()
+
+
+@dataclass(frozen=True, slots=True)
+class FloatExecution(Execution):
+    """Floating-point activations times uniform codes."""
+
+    plan: w4a16_linear.Plan
+    operand: Operand | None = None
+
+    def prepared(self, tensor: QuantizedTensor) -> "FloatExecution":
+        """Lay out codes, scales and zero points."""
+        codes, parameters = tensor.codes, tensor.parameters
+        zero_point = parameters["zero_point"].expand(len(codes), -1) if "zero_point" in parameters else None
+        return replace(
+            self, operand=self.plan.prepare(codes, parameters["scale"].expand(len(codes), -1), zero_point)
+        )
+
+    def linear(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        """Multiply in floating point."""
+        assert self.operand is not None, "prepared comes first"
+        return self.plan.linear(x, self.operand, bias, out_dtype)
+
+    def explain(self) -> list[Row]:
+        """Return the plan's table."""
+        return self.plan.explain()
+
+
+@dataclass(frozen=True, slots=True)
+class DecodedExecution(Execution):
+    """Any format: the weight is decoded, on each call or once.
+
+    Args:
+        keeps: Whether the decoded codes stay in memory as float32.
+        is_forced: Whether the caller named the implementation.
+        tensor: The packed weight, once prepared.
+        weight: Its decoded codes, when they are kept.
+    """
+
+    keeps: bool
+    is_forced: bool
+    tensor: QuantizedTensor | None = None
+    weight: Tensor | None = None
+
+    def prepared(self, tensor: QuantizedTensor) -> "DecodedExecution":
+        """Keep the packed weight, and its decoded form if that is the choice."""
+        return replace(self, tensor=tensor, weight=tensor.decode_codes() if self.keeps else None)
+
+    def linear(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        """Multiply in float32, round once."""
+        assert self.tensor is not None, "prepared comes first"
+        weight_NK = self.tensor.decode_codes() if self.weight is None else self.weight
+        y = x.float() @ weight_NK.T
+        return (y if bias is None else y + bias.float()).to(out_dtype)
+
+    def explain(self) -> list[Row]:
+        """Return one row per implementation."""
+        kept, decoded = "decoded once, 32 bits per weight in memory", "decodes the packed weight on each call"
+        if self.keeps:
+            decoded = "float32 is forced" if self.is_forced else "ranked after float32"
+        else:
+            kept = "reference is forced" if self.is_forced else "takes more memory than the original layer"
+        return [Row("0+", "float32", self.keeps, kept), Row("0+", "reference", not self.keeps, decoded)]
+
+
+def make_execution(
+    tensor: QuantizedTensor,
+    activations: ActivationQuantizer | None,
+    *,
+    force: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
+    name: str,
+) -> Execution:
+    """Choose how a packed linear computes on a device.
+
+    Args:
+        tensor: The packed weight; its numbers are not looked at.
+        activations: Quantizer of its inputs; None for floating point.
+        force: Name of the one implementation to use, or None to choose.
+        dtype: Of its inputs and outputs.
+        device: Where it runs.
+        name: Of the layer, for messages.
+
+    Raises:
+        UnsupportedError: Nothing computes these choices, or the forced implementation cannot.
+    """
+    reason = reason_against_execution(tensor.number_format, tensor.granularity, activations)
+    if reason is not None:
+        raise UnsupportedError(
+            compose(
+                subject="weights",
+                value=f"{tensor.number_format} {tensor.granularity}",
+                constraint="have no kernel",
+                place=name,
+                remedy=reason,
+            )
+        )
+    if activations is None and not isinstance(tensor.number_format, Integer):
+        return _decoded(tensor.number_format, force, device, name)
+    problem = _problem(tensor, activations, dtype, device)
+    if activations is None:
+        return FloatExecution(w4a16_linear.plan(problem, force))
+    return IntegerExecution(w4a8_linear.plan(problem, force), activations)
+
+
+def _decoded(number_format: Format, force: str | None, device: torch.device, name: str) -> DecodedExecution:
+    if force not in (None, "float32", "reference"):
+        raise InputError(
+            compose(
+                subject="force",
+                value=force,
+                constraint=f"names no implementation for {number_format}",
+                place=name,
+                remedy='use "float32" or "reference"',
+            )
+        )
+    keeps = force == "float32" or (force is None and device.type == "cpu")
+    return DecodedExecution(keeps=keeps, is_forced=force is not None)
+
+
+def _problem(
+    tensor: QuantizedTensor, activations: ActivationQuantizer | None, dtype: torch.dtype, device: torch.device
+) -> LinearProblem:
+    parameters, granularity = tensor.parameters, tensor.granularity
+    return LinearProblem(
+        out_features=tensor.shape[0],
+        in_features=tensor.shape[1],
+        weight_bits=tensor.number_format.bits,
+        group_size=granularity.group_size if isinstance(granularity, PerGroup) else None,
+        integer_group_scale="group_scale" in parameters and parameters["group_scale"].dtype == torch.int8,
+        zero_point="zero_point" in parameters,
+        activation_bits=16 if activations is None else activations.bits,
+        output_dtype=dtype,
+        **describe_device(device),
+    )
