@@ -32,7 +32,7 @@ from quattuor.errors import CheckpointError, UnsupportedError, compose
 from quattuor.granularity import PerGroup
 from quattuor.quantized_tensor import QuantizedTensor
 
-__all__ = ["QQQFormat", "read_qqq", "write_qqq"]
+__all__ = ["QQQFormat", "group_size_of", "read_qqq", "write_qqq"]
 
 _CONFIG_FILES = ("quant_config.json", "quantize_config.json")
 _LEAVES = ("B", "s_channel", "s_group")
@@ -104,7 +104,7 @@ def read_qqq(folder: str | Path) -> PackedModel:
         UnsupportedError: Another width or group size, or columns in an order that is not stored.
     """
     folder = Path(folder)
-    group_size = _read_settings(folder)
+    group_size = group_size_of(*_find_settings(folder))
     config = AutoConfig.from_pretrained(folder)
     store = SafetensorsStore(folder)
     if hasattr(config, "quantization_config"):
@@ -179,9 +179,17 @@ def _write_config(config: Any, group_size: int, target: ShardedFolder) -> None:
     write_json(file, {**json.loads(file.read_text(encoding="utf-8")), "torch_dtype": "float16"})
 
 
-def _read_settings(folder: Path) -> int:
-    """Return the group size, -1 for one scale per channel, after checking every other setting."""
-    settings, place = _find_settings(folder)
+def group_size_of(settings: Mapping[str, Any], place: str) -> int:
+    """Return the group size of a `quantization_config`, -1 for one scale per channel, after checking the rest.
+
+    Args:
+        settings: The plain data.
+        place: Where it stands, for messages.
+
+    Raises:
+        CheckpointError: It is not one of QQQ.
+        UnsupportedError: Another width or group size, or columns in an order that is not stored.
+    """
     form = settings.get("checkpoint_format", settings.get("format", "qqq"))
     method = settings.get("quant_method", "qqq")
     if form != "qqq" or method not in ("qqq", "gptq"):

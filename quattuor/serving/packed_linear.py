@@ -1,0 +1,133 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A packed linear as a serving engine holds it: an operand in a list, and a call that compiles.
+
+Inside a compiled graph the inputs are quantized by plain PyTorch, so that the compiler fuses it into whatever
+produced them: norm and residual, or the gated activation. Elsewhere it is one kernel.
+"""
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from quattuor.activations import ActivationQuantizer
+from quattuor.formats import TwoLevelInteger
+from quattuor.granularity import PerGroup
+from quattuor.kernels import w4a8_linear
+from quattuor.kernels.token_quantize import reference
+from quattuor.quantized_tensor import QuantizedTensor
+from quattuor.serving import operators
+
+__all__ = ["FUSE_VARIABLE", "PackedLinear", "linear", "prepare", "quantize_rows"]
+
+#: Set to 0 to keep the quantization of inputs a kernel of its own, for comparing profiles.
+FUSE_VARIABLE = "QUATTUOR_FUSE"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedLinear:
+    """What a call needs to know beside the tensors: plain values, which a compiled graph holds as constants.
+
+    Args:
+        names: Of the operand's tensors, joined by commas.
+        activation_bits: 8 or 16.
+        out_features: N.
+        in_features: K.
+        weight_bits: Width of a code.
+        group_size: 0 for one scale per channel.
+        promise: As for `plan_of`.
+    """
+
+    names: str
+    activation_bits: int
+    out_features: int
+    in_features: int
+    weight_bits: int
+    group_size: int
+    promise: bool
+
+
+def prepare(
+    tensor: QuantizedTensor, activations: ActivationQuantizer | None, dtype: torch.dtype
+) -> tuple[PackedLinear, dict[str, Tensor]]:
+    """Lay a packed weight out for the kernels of its device.
+
+    Args:
+        tensor: The weight, on the device that will run it.
+        activations: Quantizer of the inputs; None for floating point.
+        dtype: Of inputs and outputs.
+
+    Returns:
+        What `linear` needs, and the operand's tensors by name, in the order of `names`.
+    """
+    granularity, parameters = tensor.granularity, tensor.parameters
+    bits = 16 if activations is None else 8
+    promise = "zero_point" in parameters
+    if bits == 8:
+        promise = "group_scale" in parameters and parameters["group_scale"].dtype == torch.int8
+    out_features, in_features = tensor.shape
+    group_size = granularity.group_size if isinstance(granularity, PerGroup) else 0
+    sizes = (out_features, in_features, tensor.number_format.bits, group_size, promise)
+    plan = operators.plan_of(tensor.packed.device, dtype, bits, *sizes)
+    if isinstance(plan, w4a8_linear.Plan):
+        is_two_level = isinstance(tensor.number_format, TwoLevelInteger)
+        group_scale = parameters["group_scale"].to(torch.float16) if is_two_level else None
+        scale_N1 = parameters["channel_scale" if is_two_level else "scale"].float()
+        operand = plan.prepare(tensor.codes, scale_N1.squeeze(1), group_scale)
+    else:
+        operand = plan.prepare(tensor.codes, parameters["scale"], parameters.get("zero_point"))
+    tensors = operand.tensors()
+    facts = PackedLinear(
+        names=",".join(tensors),
+        activation_bits=bits,
+        out_features=out_features,
+        in_features=in_features,
+        weight_bits=tensor.number_format.bits,
+        group_size=group_size,
+        promise=promise,
+    )
+    return facts, tensors
+
+
+def linear(facts: PackedLinear, operand: Sequence[Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
+    """Return y in the dtype of x; any number of leading dimensions."""
+    rows = x.reshape(-1, facts.in_features)
+    if facts.activation_bits == 8:
+        codes, scale = quantize_rows(rows)
+        y: Tensor = torch.ops.quattuor.served_w4a8(
+            codes,
+            scale,
+            list(operand),
+            facts.names,
+            bias,
+            x.dtype,
+            facts.out_features,
+            facts.weight_bits,
+            facts.group_size,
+            facts.promise,
+        )
+    else:
+        y = torch.ops.quattuor.served_w4a16(
+            rows,
+            list(operand),
+            facts.names,
+            bias,
+            facts.out_features,
+            facts.weight_bits,
+            facts.group_size,
+            facts.promise,
+        )
+    return y.view(*x.shape[:-1], facts.out_features)
+
+
+def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
+    """Return int8 codes and the float32 scale of each row, fusible in a compiled graph."""
+    if _FUSES and torch.compiler.is_compiling():
+        return reference.quantize_tokens(rows)
+    codes, scale = torch.ops.quattuor.token_quantize(rows)
+    return codes, scale
+
+
+_FUSES = os.environ.get(FUSE_VARIABLE, "1") != "0"
