@@ -5,7 +5,7 @@ import copy
 import hashlib
 import logging
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol, cast, runtime_checkable
 
@@ -37,6 +37,7 @@ from quattuor.nn.linear import QuantizedLinear
 from quattuor.progress import Progress, Silent
 from quattuor.quantization_report import LayerReport, QuantizationReport
 from quattuor.recipe import Recipe
+from quattuor.rules import resolve_roles
 from quattuor.site_search import SiteSearch
 from quattuor.solvers import Solution, WeightToQuantize
 from quattuor.transforms import FoldNorms, RotateHeads, RotateResidual
@@ -250,6 +251,7 @@ def _prepare(
     config = model.config.to_dict()
     description = describe(model.config) if recipe.transforms else _describe_or_discover(model)
     activation = description.activation(config)
+    recipe = replace(recipe, rules=resolve_roles(recipe.rules, description))
     check(recipe, description, model, config)
     target = torch.device(device) if device is not None else embedding_of(model).weight.device
     return _Run(

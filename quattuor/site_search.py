@@ -3,8 +3,8 @@
 
 Sites are taken in forward order. Where the transform `sees_errors`, once a site is settled its consumers compute
 with rounded weights and rounded inputs, and a site is measured by what the next one reads. Otherwise every site is
-shown in the original block and measured by the output of its module. The block gets its original weights back at the
-end, with all scales folded, so that the search leaves the block's function as it was.
+shown in the original block and measured by the output of its module. The block gets its original weights back at
+the end, with all scales folded, so that the search leaves the block's function as it was.
 """
 
 from collections.abc import Callable, Sequence

@@ -2,11 +2,13 @@
 """Rules: first match wins, and a rule that is nobody's first match is an error."""
 
 import pytest
+from tiny_models import tiny_config
 
-from quattuor.errors import InputError
+from quattuor.errors import InputError, UnsupportedError
 from quattuor.formats import Integer
 from quattuor.granularity import PerChannel
-from quattuor.rules import Rule, check_all_rules_match, match
+from quattuor.models import DecoderDescription, describe
+from quattuor.rules import Rule, check_all_rules_match, match, resolve_roles
 from quattuor.scales import AbsMax
 from quattuor.solvers import WeightQuantizer
 
@@ -54,3 +56,56 @@ def test_rule_without_names() -> None:
 def test_rules_that_contradict_themselves(options: dict[str, object]) -> None:
     with pytest.raises(InputError, match=r"Rule: rule=.* must either skip or change something"):
         Rule(**options)
+
+
+def patterns(rule: Rule, family: str) -> list[str]:
+    """Return what a rule for roles stands for in an architecture."""
+    return [resolved.pattern for resolved in resolve_roles((rule,), describe(tiny_config(family)))]
+
+
+def test_roles_stand_for_the_names_of_an_architecture() -> None:
+    rule = Rule(roles=("query", "key"), weights=EIGHT)
+    assert patterns(rule, "llama") == ["model.layers.*.self_attn.q_proj", "model.layers.*.self_attn.k_proj"]
+    assert patterns(rule, "phi3") == ["model.layers.*.self_attn.qkv_proj"], "a fused linear is named once"
+    assert patterns(Rule(roles=("up", "down"), skip=True), "opt") == [
+        "model.decoder.layers.*.fc1",
+        "model.decoder.layers.*.fc2",
+    ]
+    resolved = resolve_roles((Rule(pattern="*", skip=True), rule), describe(tiny_config("llama")))
+    assert [item.roles for item in resolved] == [()] * 3
+    assert resolved[0] == Rule(pattern="*", skip=True)
+    assert [item.weights for item in resolved[1:]] == [EIGHT, EIGHT]
+    assert match("model.layers.11.self_attn.k_proj", resolved[1:]) is resolved[2]
+
+
+def test_roles_that_an_architecture_does_not_have() -> None:
+    with pytest.raises(
+        UnsupportedError, match="name a gate linear, which opt is not known to have; use a pattern"
+    ):
+        patterns(Rule(roles=("gate",), skip=True), "opt")
+    found = DecoderDescription(
+        family="found",
+        model_types=(),
+        blocks="blocks",
+        embeddings=(),
+        final_norm=None,
+        head="head",
+        linears=("a",),
+    )
+    with pytest.raises(UnsupportedError, match="name a query linear, which found is not known to have"):
+        resolve_roles((Rule(roles=("query",), skip=True),), found)
+
+
+@pytest.mark.parametrize(
+    "options", [{"roles": ("query",), "pattern": "*", "skip": True}, {"skip": True}, {"roles": ("query",)}]
+)
+def test_rules_name_either_a_pattern_or_roles(options: dict[str, object]) -> None:
+    with pytest.raises(InputError, match=r"Rule: rule=.* must either skip or change something"):
+        Rule(**options)
+
+
+def test_roles_that_do_not_exist() -> None:
+    with pytest.raises(
+        InputError, match=r"Rule: roles=.* are not all among .*; correct queries, or use a pattern"
+    ):
+        Rule(roles=("key", "queries"), skip=True)

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from quattuor.errors import CalibrationError, InputError, compose
 
-__all__ = ["STATISTICS", "AbsMax", "Cross", "Hessian", "Statistic", "make_statistics"]
+__all__ = ["STATISTICS", "AbsMax", "Cross", "Hessian", "InputSample", "Statistic", "make_statistics"]
+
+SAMPLE_TOKENS = 512
 
 
 class Statistic(ABC):
@@ -92,7 +94,38 @@ class AbsMax(Statistic):
         return self._largest
 
 
-STATISTICS: dict[str, type[Statistic]] = {"hessian": Hessian, "abs_max": AbsMax, "cross": Cross}
+class InputSample(Statistic):
+    """Up to 512 tokens at even distances, `[M, K]`, float32; all of them when there are fewer."""
+
+    def __init__(self) -> None:
+        """Start empty."""
+        self._kept: list[Tensor] = []
+        self._num_tokens = 0
+        self._stride = 1
+
+    def update(self, x: Float[Tensor, "M K"], original: Float[Tensor, "M K"] | None = None) -> None:
+        """Add M tokens, of which every stride-th is kept; the stride doubles when too many are."""
+        self._kept.append(x[-self._num_tokens % self._stride :: self._stride].float().clone())
+        self._num_tokens += x.shape[0]
+        while sum(map(len, self._kept)) >= 2 * SAMPLE_TOKENS:
+            self._kept = [torch.cat(self._kept)[::2].clone()]
+            self._stride *= 2
+
+    def result(self) -> Float[Tensor, "M K"]:
+        """Return the sample."""
+        if self._num_tokens == 0:
+            raise _empty("InputSample")
+        sample = torch.cat(self._kept)
+        size = min(len(sample), SAMPLE_TOKENS)
+        return sample[torch.arange(size, device=sample.device) * len(sample) // size]
+
+
+STATISTICS: dict[str, type[Statistic]] = {
+    "hessian": Hessian,
+    "abs_max": AbsMax,
+    "cross": Cross,
+    "inputs": InputSample,
+}
 """Every statistic a part may name in `needs`."""
 
 

@@ -80,7 +80,8 @@ class WeightQuantizer:
     def needs(self) -> frozenset[str]:
         """Names of the statistics that any part of it reads."""
         extra = frozenset[str]() if self.outliers is None else self.outliers.needs
-        return self.solver.needs | extra | (frozenset({"hessian"}) if self.transform is not None else frozenset())
+        basis = frozenset[str]() if self.transform is None else frozenset({"hessian"})
+        return self.solver.needs | self.scales.needs | extra | basis
 
     def solve(
         self, weights: Sequence[WeightToQuantize], statistics: Mapping[str, Tensor], *, seed: int = 0
@@ -94,7 +95,7 @@ class WeightQuantizer:
             return [self._solve_alone(item, statistics, seed) for item in weights]
         stacked = torch.cat([item.weight for item in weights])
         own = {name: torch.cat([item.statistics[name] for item in weights]) for name in weights[0].statistics}
-        whole = self.solver.solve(stacked, self.grid, {**statistics, **own})
+        whole = self.solver.solve(stacked, self.grid.given(statistics), {**statistics, **own})
         hessian = statistics["hessian"] if "hessian" in self.solver.needs else None
         solutions, start = [], 0
         for item in weights:
@@ -112,11 +113,15 @@ class WeightQuantizer:
     def _solve_alone(self, item: WeightToQuantize, statistics: Mapping[str, Tensor], seed: int) -> Solution:
         known = {**statistics, **item.statistics}
         if self.transform is None:
-            return self.solver.solve(item.weight, self.grid, known, self.outliers)
+            return self.solver.solve(item.weight, self.grid.given(known), known, self.outliers)
         hessian = require_statistic(item.weight, known, "hessian", type(self.transform).__name__)
         own_seed = int.from_bytes(hashlib.sha256(f"{seed}:{item.name}".encode()).digest()[:6], "big")
         changed = self.transform.transform(item.weight, hessian, own_seed)
-        solution = self.solver.solve(changed.weight, self.grid, {"hessian": changed.hessian}, self.outliers)
+        known = {"hessian": changed.hessian}
+        if "inputs" in statistics:
+            inputs = statistics["inputs"]
+            known["inputs"] = inputs if changed.input_map is None else changed.input_map.apply(inputs)
+        solution = self.solver.solve(changed.weight, self.grid.given(known), known, self.outliers)
         assert solution.tensor.input_map is None, "the solver has no map of its own inside another basis"
         tensor = replace(solution.tensor, input_map=changed.input_map, output_map=changed.output_map)
         return replace(solution, tensor=tensor, error=hessian_error(item.weight, tensor.decode(), hessian))

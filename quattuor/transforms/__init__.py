@@ -3,6 +3,7 @@
 
 from quattuor.transforms.base import RotationTransform, SiteProblem, SiteTransform, Transform
 from quattuor.transforms.hadamard import hadamard, has_hadamard
+from quattuor.transforms.incoherence import Incoherence
 from quattuor.transforms.rotation import FoldNorms, RotateHeads, RotateResidual
 from quattuor.transforms.scale_search import ActivationAwareScale
 from quattuor.transforms.scaling import MigrateScale
@@ -13,6 +14,7 @@ __all__ = [
     "ActivationAwareScale",
     "AdaptiveSmoothing",
     "FoldNorms",
+    "Incoherence",
     "MigrateScale",
     "RotateHeads",
     "RotateResidual",

@@ -33,6 +33,8 @@ __all__ = [
     "RotateResidual",
     "fold_gain",
     "fold_norm_bias",
+    "random_orthogonal",
+    "random_signs",
     "rotate_embedding",
     "rotate_heads_input",
     "rotate_heads_output",
@@ -90,10 +92,10 @@ class RotateResidual(RotationTransform):
             basis_KK = hadamard(size)
             if self.keep_mean:
                 return _signed_permutation_within(basis_KK, generator)
-            return _signs(size, generator).unsqueeze(1) * basis_KK
+            return random_signs(size, generator).unsqueeze(1) * basis_KK
         if self.keep_mean:
             return _orthogonal_keeping_mean(size, generator)
-        return _orthogonal(size, generator)
+        return random_orthogonal(size, generator)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,7 +127,7 @@ class RotateHeads(RotationTransform):
         """
         if self.kind == "hadamard" or (self.kind == "auto" and has_hadamard(size)):
             return hadamard(size)
-        return _orthogonal(size, torch.Generator().manual_seed(seed))
+        return random_orthogonal(size, torch.Generator().manual_seed(seed))
 
 
 def _check_kind(kind: str, known: tuple[str, ...], place: str) -> None:
@@ -141,11 +143,12 @@ def _check_kind(kind: str, known: tuple[str, ...], place: str) -> None:
         )
 
 
-def _signs(size: int, generator: torch.Generator) -> Float[Tensor, " K"]:
+def random_signs(size: int, generator: torch.Generator) -> Float[Tensor, " K"]:
+    """Draw +1 or -1 for each channel, float64."""
     return torch.randint(0, 2, (size,), generator=generator).double() * 2 - 1
 
 
-def _orthogonal(size: int, generator: torch.Generator) -> Float[Tensor, "K K"]:
+def random_orthogonal(size: int, generator: torch.Generator) -> Float[Tensor, "K K"]:
     """Draw from the uniform distribution over the orthogonal group.
 
     The signs make the diagonal of R positive; without them QR is not uniform, and differs between libraries.
@@ -161,7 +164,7 @@ def _orthogonal_keeping_mean(size: int, generator: torch.Generator) -> Float[Ten
     if size == 1:
         return torch.ones(1, 1, dtype=torch.float64)
     inner_KK = torch.eye(size, dtype=torch.float64)
-    inner_KK[1:, 1:] = _orthogonal(size - 1, generator)
+    inner_KK[1:, 1:] = random_orthogonal(size - 1, generator)
     normal_K = torch.full((size,), 1 / sqrt(size), dtype=torch.float64)
     normal_K[0] -= 1
     normal_K /= normal_K.norm()
@@ -174,7 +177,7 @@ def _signed_permutation_within(basis: Float[Tensor, "K K"], generator: torch.Gen
     """U diag(1, P) U.T with U the basis and P a random signed permutation."""
     size = basis.shape[0]
     order_K = torch.cat((torch.zeros(1, dtype=torch.int64), 1 + torch.randperm(size - 1, generator=generator)))
-    signs_K = _signs(size, generator)
+    signs_K = random_signs(size, generator)
     signs_K[0] = 1
     return (basis * signs_K) @ basis[:, order_K].T
 

@@ -91,3 +91,22 @@ def test_make_statistics() -> None:
     assert made["hessian"] is not make_statistics(frozenset({"hessian"}))["hessian"]
     with pytest.raises(InputError, match=r"statistic=fisher does not exist; use one of hessian, abs_max"):
         make_statistics(frozenset({"fisher"}))
+
+
+@pytest.mark.parametrize("num_tokens", [1, 511, 512, 513, 1023, 1024, 5000])
+@pytest.mark.parametrize("batch", [1, 7, 600, 10000])
+def test_sample_is_spread_evenly_and_does_not_depend_on_batches(num_tokens: int, batch: int) -> None:
+    if num_tokens / batch > 600:
+        pytest.skip("thousands of updates of one token say nothing more")
+    tokens = torch.arange(num_tokens, dtype=torch.float32)[:, None].expand(-1, 3)
+    statistic = STATISTICS["inputs"]()
+    for part in tokens.split(batch):
+        statistic.update(part)
+    kept = statistic.result()[:, 0]
+    assert len(kept) == min(num_tokens, 512)
+    assert kept[0] == 0
+    distances = kept.diff()
+    assert (distances >= 1).all()
+    if num_tokens > 512:
+        assert distances.max() <= 4 * distances.min()
+        assert kept[-1] > num_tokens * (1 - 2 / 512) - 16

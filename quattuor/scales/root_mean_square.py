@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Scales proportional to the root mean square, for weights whose entries look like draws from one Gaussian."""
+
+from dataclasses import dataclass
+
+from jaxtyping import Float
+from torch import Tensor
+
+from quattuor.errors import InputError, UnsupportedError, compose
+from quattuor.formats.base import Format, Parameters
+from quattuor.formats.mid_rise import MidRise
+from quattuor.scales.base import ScaleDtype, ScaleRule, round_scale
+
+__all__ = ["RootMeanSquare"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RootMeanSquare(ScaleRule):
+    """The outermost levels lie at +-multiple * rms, whatever the largest entry is.
+
+    scale = 2 * multiple * sqrt(mean(x^2)) / (2^b - 1)
+
+    Args:
+        multiple: Where the outermost levels lie, in root mean squares.
+        scale_dtype: How the scale is stored, and therefore rounded.
+
+    References:
+        Chee et al., 2023, arXiv:2307.13304, algorithm 1 (code: rho = 2.4).
+    """
+
+    multiple: float = 2.4
+    scale_dtype: ScaleDtype = "float32"
+
+    def __post_init__(self) -> None:
+        """Reject levels that all coincide."""
+        if not 0 < self.multiple < 1e3:
+            raise InputError(
+                compose(
+                    subject="multiple",
+                    value=self.multiple,
+                    constraint="is not a positive number of root mean squares",
+                    place="RootMeanSquare",
+                    remedy="use 2.4, the authors' choice",
+                )
+            )
+
+    def check(self, number_format: Format) -> None:
+        """Refuse formats other than MidRise."""
+        if not isinstance(number_format, MidRise):
+            raise UnsupportedError(
+                compose(
+                    subject="format",
+                    value=number_format,
+                    constraint="does not have its levels symmetrically around zero",
+                    place="RootMeanSquare",
+                    remedy="use MidRise(bits), or AbsMax() or ClipSearch() as the scale rule",
+                )
+            )
+
+    def fit(
+        self,
+        values: Float[Tensor, "R G S"],
+        number_format: Format,
+        importance: Float[Tensor, "*R G S"] | None = None,
+    ) -> Parameters:
+        """Return `scale`. Ignores the importance."""
+        self.check(number_format)
+        rms = values.square().mean(dim=-1).sqrt()
+        return Parameters(
+            scale=round_scale(2 * self.multiple * rms / (2**number_format.bits - 1), self.scale_dtype)
+        )
