@@ -105,7 +105,7 @@ def verify_folder(folder: Path, against: ModelSource | None) -> tuple[list[Verif
     rows = verify(folder, against)
     summary = Verification(
         folder=str(folder),
-        num_tensors=len(rows),
+        num_tensors=sum("hash" in row.checks for row in rows),
         checks=dict(Counter(check for row in rows for check in row.checks)),
         size_bytes=sum(item.stat().st_size for item in folder.rglob("*") if item.is_file()),
     )

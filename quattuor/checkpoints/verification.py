@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoConfig
 
+from quattuor.checkpoints.behaviour import divergence_from
 from quattuor.checkpoints.layouts import read_layouts
 from quattuor.checkpoints.manifest import read_manifest
 from quattuor.checkpoints.skeleton import expected_tensors, quantized_linears, quantized_skeleton
@@ -24,6 +25,9 @@ from quattuor.recipe import Recipe
 from quattuor.solvers import Nearest
 
 __all__ = ["LayerRow", "VerifiedRow", "inspect", "verify"]
+
+BEHAVIOUR = "(logits)"
+"""Name of the row that is about no tensor."""
 
 _GRID_SLACK = 1e-5
 """Relative rounding of float32 arithmetic when the nearest representable number is computed again."""
@@ -94,8 +98,12 @@ def verify(folder: str | Path, against: ModelSource | None = None) -> list[Verif
     With `against`, the original model. A recipe without transforms leaves the dense tensors as they were, and
     every weight rounded to nearest must be as close as its grid allows: |W - decode| <= |W - fake_quantize(W)|.
     A solver that compensates errors may move single weights further, so the relative error of the whole matrix is
-    reported and must stay below 1, which is what zeros would reach. Transforms change the weights themselves; then
-    only names and shapes are compared, and the rows say so.
+    reported and must stay below 1, which is what zeros would reach.
+
+    Transforms change the weights themselves; then only names and shapes are compared tensor by tensor, and the
+    rows say so. Instead both models read a short text, and the last row reports KL(original || checkpoint). It
+    must stay below KL(original || uniform), which a model that knows nothing reaches. A head or an embedding that
+    did not absorb a rotation exceeds it; rounding to 3 bits does not.
 
     Raises:
         CheckpointError: The first check that fails, with the tensor's name.
@@ -123,6 +131,8 @@ def verify(folder: str | Path, against: ModelSource | None = None) -> list[Verif
         expected = tuple(reference[name].shape)
         _require(tuple(tensor.shape) == expected, name, tuple(tensor.shape), f"is not {expected}", folder)
         rows.append(_check_dense(name, tensor, recipe, against, folder))
+    if against is not None and recipe.transforms:
+        rows.append(_check_behaviour(against, folder))
     return rows
 
 
@@ -234,3 +244,19 @@ def _check_dense(
         return VerifiedRow(name=name, checks=checks, note=note)
     _require(is_same, name, "altered", "differs from the original although nothing transformed it", folder)
     return VerifiedRow(name=name, checks=(*checks, "original"), note="as in the original")
+
+
+def _check_behaviour(against: ModelSource, folder: Path) -> VerifiedRow:
+    """Compare predictions, which a transform must not change however it changes the weights."""
+    divergence = divergence_from(against, folder)
+    if not divergence.nats < divergence.uniform_nats:
+        raise CheckpointError(
+            compose(
+                subject="KL(original || checkpoint)",
+                value=str(divergence),
+                constraint="is no better than knowing nothing: a transform is not absorbed, or bits are too few",
+                place=str(folder),
+                remedy="quantize again, with other transforms or more bits; do not use it",
+            )
+        )
+    return VerifiedRow(name=BEHAVIOUR, checks=("behaviour",), note=f"KL from the original {divergence}")

@@ -3,6 +3,7 @@
 
 import dataclasses
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -19,10 +20,14 @@ from quattuor.checkpoints.skeleton import quantized_linears
 from quattuor.checkpoints.writing import sha256, write_safetensors
 from quattuor.errors import CheckpointError
 from quattuor.formats.packing import pack_rows
+from quattuor.quantize import derive_seed, quantize_to_folder
 from quattuor.solvers import GPTQ
-from quattuor.transforms import FoldNorms
+from quattuor.systems import qqq
+from quattuor.transforms import RotateResidual
+from quattuor.transforms.rotation import rotate_input
 
 Tiny = Callable[[str], PreTrainedModel]
+SEED = 3
 LINEAR = "model.layers.1.mlp.gate_proj"
 
 
@@ -188,15 +193,44 @@ def test_a_compensating_solver_is_bounded_as_a_whole(tiny: Tiny, tmp_path: Path)
         verify(folder, ModelSource(tiny_model("llama", seed=1)))
 
 
-def test_transforms_leave_only_shapes_to_compare_and_the_rows_say_so(tiny: Tiny, tmp_path: Path) -> None:
-    recipe = dataclasses.replace(recipe_of(DEFAULT), transforms=(FoldNorms(),))
-    model = pack_(tiny("llama"))
-    model.model.norm.weight.data.fill_(1)
-    folder = save_pretrained(model, tmp_path / "packed", recipe=recipe)
-    notes = {row.name: row.note for row in verify(folder, ModelSource(tiny("llama")))}
-    assert notes[LINEAR] == "shape only: transforms changed the weight before it was rounded"
-    assert notes["model.norm.weight"] == "changed by transforms, not compared"
-    assert notes["model.embed_tokens.weight"] == "as in the original"
+@pytest.fixture
+def rotated(tiny: Tiny, tmp_path: Path) -> Path:
+    tokens = torch.randint(255, (16, 64), generator=torch.Generator().manual_seed(1))
+    quantize_to_folder(ModelSource(tiny("llama_tied")), qqq(), tokens, tmp_path / "rotated", seed=SEED)
+    return tmp_path / "rotated"
+
+
+def test_transforms_leave_shapes_and_predictions_to_compare_and_the_rows_say_so(tiny: Tiny, rotated: Path) -> None:
+    rows = {row.name: row for row in verify(rotated, ModelSource(tiny("llama_tied")))}
+    assert rows[LINEAR].note == "shape only: transforms changed the weight before it was rounded"
+    assert rows["model.norm.weight"].note == "changed by transforms, not compared"
+    assert rows["(logits)"].checks == ("behaviour",)
+    assert re.fullmatch(r"KL from the original [\d.]+ nats on 64 .* for a uniform guess", rows["(logits)"].note)
+    assert "(logits)" not in {row.name for row in verify(rotated)}
+
+
+def rotate_again(weight: Tensor) -> Tensor:
+    """Rotate what reads or writes the residual stream by the run's own matrix, once too often."""
+    rotation = RotateResidual().matrix(weight.shape[1], derive_seed(SEED, "RotateResidual"))
+    return rotate_input(weight, rotation)
+
+
+def rotate_back(weight: Tensor) -> Tensor:
+    """Leave a rotation out."""
+    rotation = RotateResidual().matrix(weight.shape[1], derive_seed(SEED, "RotateResidual"))
+    return rotate_input(weight, rotation.T)
+
+
+@pytest.mark.parametrize("name", ["lm_head.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize("change", [rotate_again, rotate_back])
+def test_a_rotation_that_was_not_absorbed_once_is_found(
+    name: str, change: Callable[[Tensor], Tensor], tiny: Tiny, rotated: Path
+) -> None:
+    damage(rotated, name, change, rehash=True)
+    verify(rotated)
+    message = r"rotated: KL\(original \|\| checkpoint\)=[\d.]+ nats on 64 .* is no better than .*; quantize again"
+    with pytest.raises(CheckpointError, match=message):
+        verify(rotated, ModelSource(tiny("llama_tied")))
 
 
 def test_inspect_measures_bits_and_shows_recorded_errors(tiny: Tiny, tmp_path: Path) -> None:
