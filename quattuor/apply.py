@@ -144,7 +144,8 @@ def _check_sites(transform: SiteTransform, sites: tuple[Site, ...], description:
 
 
 def _check_residual_rotation(transform: RotateResidual, recipe: Recipe, description: DecoderDescription) -> None:
-    reason = description.reason_against_residual_rotation(keeps_mean=transform.keep_mean)
+    keeps_mean = bool(transform.for_norm(description.norm).keep_mean)
+    reason = description.reason_against_residual_rotation(keeps_mean=keeps_mean)
     if reason is not None:
         raise _illegal(transform, description, reason)
     position = recipe.transforms.index(transform)

@@ -307,7 +307,7 @@ def _transform_ends_(run: _Run, store: BlockStore) -> dict[str, Tensor]:
             fold_final_norm_(model, description)
         elif isinstance(transform, RotateResidual):
             size = embedding_of(model).weight.shape[1]
-            rotations["residual"] = transform.matrix(size, seed)
+            rotations["residual"] = transform.for_norm(description.norm).matrix(size, seed)
             rotate_ends_(model, description, rotations["residual"])
         elif isinstance(transform, RotateHeads):
             assert run.heads is not None, "legality was checked"

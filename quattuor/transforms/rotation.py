@@ -15,7 +15,7 @@ References:
     Ashkboos et al., 2024, arXiv:2404.00456 (QuaRot), section 4.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import sqrt
 from typing import Literal, get_args
 
@@ -68,21 +68,26 @@ class RotateResidual(RotationTransform):
 
     Args:
         kind: Which of the above; "hadamard" needs a hidden size that has a Hadamard matrix.
-        keep_mean: Map the direction of all ones to itself, which layer norms need and RMS norms do not.
+        keep_mean: Map the direction of all ones to itself, which layer norms need and RMS norms do not; None does
+            so for layer norms, see `for_norm`.
 
     References:
         Ashkboos et al., 2024, arXiv:2404.00456, section 4, stage 1a.
     """
 
     kind: ResidualMatrix = "hadamard"
-    keep_mean: bool = False
+    keep_mean: bool | None = None
 
     def __post_init__(self) -> None:
         """Reject kinds of matrix that do not exist."""
         _check_kind(self.kind, get_args(ResidualMatrix), "RotateResidual")
 
+    def for_norm(self, norm: Literal["rms", "layer"]) -> "RotateResidual":
+        """Return this rotation with `keep_mean` settled for an architecture's norms."""
+        return replace(self, keep_mean=norm == "layer") if self.keep_mean is None else self
+
     def matrix(self, size: int, seed: int) -> Float[Tensor, "K K"]:
-        """Return T, float64 on the CPU, the same for the same arguments.
+        """Return T, float64 on the CPU, the same for the same arguments; `keep_mean=None` counts as False.
 
         Raises:
             UnsupportedError: "hadamard" and a size without a Hadamard matrix.

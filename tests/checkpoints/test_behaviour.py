@@ -13,6 +13,8 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 import quattuor
 from quattuor.checkpoints import ModelSource, save_pretrained
 from quattuor.checkpoints.behaviour import divergence_from, source_logits, stored_logits
+from quattuor.quantize import quantize_to_folder
+from quattuor.systems import qqq
 
 Tiny = Callable[[str], PreTrainedModel]
 TOKENS = torch.arange(3, 40)
@@ -52,6 +54,15 @@ def test_divergence_is_the_kl_of_the_formula(tiny: Tiny, tmp_path: Path) -> None
     assert 0 < found.nats < 0.3 * found.uniform_nats
     assert (found.num_tokens, found.has_text) == (64, False)
     assert "random tokens (the source has no tokenizer)" in str(found)
+
+
+@pytest.mark.parametrize("family", ["opt", "llama_tied"])
+def test_the_default_rotation_of_qqq_keeps_the_predictions(family: str, tiny: Tiny, tmp_path: Path) -> None:
+    source = ModelSource(tiny(family))
+    tokens = torch.randint(255, (16, 64), generator=torch.Generator().manual_seed(1))
+    quantize_to_folder(source, qqq(bits=8), tokens, tmp_path / "packed")
+    found = divergence_from(source, tmp_path / "packed")
+    assert found.nats < 0.01 * found.uniform_nats
 
 
 def test_prose_is_read_when_there_is_a_tokenizer(tiny: Tiny, tmp_path: Path) -> None:

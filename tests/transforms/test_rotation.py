@@ -32,6 +32,13 @@ def test_keep_mean_maps_all_ones_to_itself(kind, size):
     assert (ones @ rotation - ones).abs().max() < 1e-12
 
 
+def test_keep_mean_is_settled_by_the_norm_unless_it_is_given():
+    assert RotateResidual().for_norm("layer").keep_mean is True
+    assert RotateResidual().for_norm("rms").keep_mean is False
+    assert RotateResidual(keep_mean=False).for_norm("layer").keep_mean is False
+    assert torch.equal(RotateResidual().for_norm("rms").matrix(64, 3), RotateResidual().matrix(64, 3))
+
+
 @pytest.mark.parametrize("kind", ["hadamard", "orthogonal"])
 def test_keep_mean_still_mixes_every_channel(kind):
     """Without mixing, an outlier channel would stay one: no entry may hold most of a row's unit norm."""
