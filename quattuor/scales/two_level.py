@@ -57,6 +57,11 @@ class TwoLevel(ScaleRule):
                 )
             )
 
+    @property
+    def couples_groups(self) -> bool:
+        """The groups of a row share the channel scale."""
+        return True
+
     def check(self, number_format: Format) -> None:
         """Refuse formats of one level, and integer group scales where a code already takes a whole int8 step."""
         if not isinstance(number_format, TwoLevelInteger):
