@@ -77,7 +77,8 @@ def prepare(
         scale_N1 = parameters["channel_scale" if is_two_level else "scale"].float()
         operand = plan.prepare(tensor.codes, scale_N1.squeeze(1), group_scale)
     else:
-        operand = plan.prepare(tensor.codes, parameters["scale"], parameters.get("zero_point"))
+        zero_point = parameters["zero_point"] if promise else None
+        operand = plan.prepare(tensor.codes, parameters["scale"], zero_point)
     tensors = operand.tensors()
     facts = PackedLinear(
         names=",".join(tensors),

@@ -42,6 +42,7 @@ CASES = {
     "channel": (channel, DynamicQuantizer()),
     "group": (grouped, DynamicQuantizer()),
     "weights only": (asymmetric, None),
+    "weights only, symmetric": (channel, None),
 }
 
 

@@ -1,0 +1,78 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The serving benchmarks: their configurations are complete, and their arithmetic is right; no engine runs."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+from transformers import AutoConfig
+
+from benchmarks.end_to_end import serve_equality, serve_vllm
+from benchmarks.end_to_end.serving_formats import FORMATS, SHAPES, model_config
+from quattuor.checkpoints.layouts import read_layouts
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_ours_quantizes_every_linear_of_the_blocks(shape: str, tmp_path: Path) -> None:
+    config = model_config(shape, "quattuor_w4a8")
+    layouts = read_layouts(config)
+    assert len(layouts) == 7 * config["num_hidden_layers"]
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    assert AutoConfig.from_pretrained(tmp_path).num_hidden_layers == config["num_hidden_layers"]
+
+
+def test_only_fp16_is_not_quantized() -> None:
+    methods = {name: model_config("llama-2-13b", name).get("quantization_config") for name in FORMATS}
+    assert [name for name, method in methods.items() if method is None] == ["fp16"]
+    for name in ("w8a8", "fp8", "w4a8_humming"):
+        group = methods[name]["config_groups"]["group_0"]
+        assert group["format"] == methods[name]["format"]
+        assert group["input_activations"]["dynamic"] is True
+
+
+def event(name: str, microseconds: float, category: str = "kernel") -> dict[str, object]:
+    return {"name": name, "dur": microseconds, "cat": category}
+
+
+def test_a_decode_step_is_the_difference_of_two_runs() -> None:
+    prefill = [event("void gemm<128>(float*)", 900.0), event("norm", 5.0)]
+    steps = [event("void gemm<8>(float*)", 10.0), event("norm", 1.0), event("norm", 3.0)] * 2
+    rows = serve_vllm.decode_kernels([*prefill, event("copy", 1.0, "gpu_memcpy")], [*prefill, *steps], num_steps=2)
+    assert rows == [
+        {"kernel": "gemm", "calls": 1.0, "time_us": 10.0},
+        {"kernel": "norm", "calls": 2.0, "time_us": 4.0},
+    ]
+
+
+def test_the_first_divergence_of_each_prompt_counts() -> None:
+    reference = {
+        "agrees": [[True, True], [True, False], [False, False]],
+        "gaps": [[0.0, 0.0], [0.0, 0.25], [0.125, 3.0]],
+        "losses": [1.0, 2.0],
+    }
+    summary, *divergences = serve_equality.compare("m", {"losses": [1.0, 2.2]}, reference)
+    assert summary["identical_prompts"] == 1
+    assert summary["new_tokens"] == 6
+    assert summary["largest_logit_gap"] == 0.25
+    assert summary["relative_difference"] == pytest.approx(math.exp(0.1) - 1)
+    assert [(row["prompt"], row["token"]) for row in divergences] == [(1, 1), (2, 0)]
+
+
+def test_rows_are_recorded_as_they_come_and_a_silent_format_fails(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import sys, time\n"
+        "name = sys.argv[sys.argv.index('--worker') + 1]\n"
+        "if name == 'fp16':\n"
+        '    print(\'ROW {"format": "fp16", "batch": 1}\', flush=True)\n'
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setattr(serve_vllm, "_COMMAND", (sys.executable, str(worker)))
+    target = tmp_path / "serve.json"
+    status = serve_vllm.main(["--formats", "fp16,w8a8", "--timeout", "2", "--json", str(target)])
+    assert status == 1
+    assert json.loads(target.read_text())["rows"] == [{"format": "fp16", "batch": 1}]
