@@ -1,0 +1,178 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Perplexity of the weight-only systems at measured bits per weight: the record `weight_only`.
+
+    python -m benchmarks.end_to_end.weight_only MODEL [--data DIR] [--device cuda] [--only NAME ...]
+        [--budget-seconds S] [--append]
+
+DIR holds `passages.txt` (calibration) and `wikitext2_test.txt` (evaluation). Every row starts from the same
+float32 model, is calibrated on the same sequences and evaluated on the same windows of 2048 tokens. Rounding
+(`rtn`) is measured with several group sizes, so that every system has a neighbour of the same measured bits. The
+record is written after each row; with a budget no row is started once it is spent, and those left out are named.
+`--append` keeps the rows of an existing record and replaces those that are measured again.
+"""
+
+import argparse
+import copy
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import record
+from quattuor.calibration.data import calibration_batches, evaluation_windows
+from quattuor.checkpoints.source import ModelSource
+from quattuor.evaluation.perplexity import perplexity
+from quattuor.quantize import quantize
+from quattuor.systems import SYSTEMS
+
+__all__ = ["Variant", "merged", "variants"]
+
+LENGTH = 2048
+KEY = ("system", "bits", "options", "windows")
+GROUP_SIZE = 64
+"""Divides both input sizes of the model, 576 and 1536; the papers' 128 does not."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """One row: a system and what differs from its defaults; system None is the model as it is."""
+
+    system: str | None
+    bits: int = 32
+    options: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def label(self) -> str:
+        """The options in words."""
+        return ", ".join(f"{name}={value}" for name, value in self.options.items()) or "default"
+
+    @property
+    def name(self) -> str:
+        """What `--only` looks into."""
+        return f"{self.system or 'none'} {self.bits} {self.label}"
+
+
+def variants() -> list[Variant]:
+    """List what is measured, the most telling first: 4 and 3 bits, then 2, then neighbours of equal bits."""
+    listed = [Variant(system=None)]
+    for bits in (4, 3, 2):
+        grouped = {"group_size": GROUP_SIZE}
+        listed += [
+            Variant(system="rtn", bits=bits, options={**grouped, "symmetric": False}),
+            Variant(system="awq", bits=bits, options=grouped),
+            Variant(system="quip", bits=bits),
+        ]
+    for bits in (2, 3, 4):
+        listed += [
+            Variant(system="rtn", bits=bits, options={"group_size": size, "symmetric": False})
+            for size in (32, 192)
+        ]
+        listed.append(Variant(system="rtn", bits=bits, options={"group_size": None, "symmetric": False}))
+    listed += [
+        Variant(system="quip", bits=2, options={"num_passes": 2, "order": "activation"}),
+        Variant(system="quip", bits=2, options={"kind": "hadamard"}),
+        Variant(system="awq", bits=3, options={"group_size": GROUP_SIZE, "clip": False}),
+        Variant(system="awq", bits=3, options={"group_size": GROUP_SIZE, "share_values": True}),
+    ]
+    return listed
+
+
+def main() -> None:
+    """Measure, print a line per row, write the record."""
+    arguments = _arguments()
+    started_s = time.perf_counter()
+    source = ModelSource(arguments.model)
+    original = source.whole()
+    text = (arguments.data / "passages.txt").read_text()
+    calibration = calibration_batches(source.tokenizer, text, arguments.samples, arguments.length, seed=0)
+    text = (arguments.data / "wikitext2_test.txt").read_text()
+    windows = evaluation_windows(source.tokenizer, text, LENGTH, arguments.windows)
+    rows, commands = _existing(arguments)
+    left_out = []
+    for item in variants():
+        if arguments.only and not any(part in item.name for part in arguments.only):
+            continue
+        if time.perf_counter() - started_s > arguments.budget_seconds:
+            left_out.append(item.name)
+            continue
+        row = measure(item, original, calibration, windows, arguments.device)
+        rows = merged(rows, row)
+        shown = f"{row['bits_per_weight']:.3f} bits, perplexity {row['perplexity']:.3f}, {row['seconds']} s"
+        print(f"{time.perf_counter() - started_s:.0f} s {item.name}: {shown}", flush=True)
+        record.write(arguments.record, rows, commands)
+    if left_out:
+        print("budget spent, left out:", "; ".join(left_out), flush=True)
+
+
+def measure(
+    item: Variant, original: torch.nn.Module, calibration: torch.Tensor, windows: torch.Tensor, device: str
+) -> dict[str, Any]:
+    """Quantize a copy of the model and return its row."""
+    model: Any = copy.deepcopy(original).to(device)
+    bits_per_weight, seconds, peak_memory_bytes = 32.0, None, None
+    if item.system is not None:
+        recipe = SYSTEMS[item.system](bits=item.bits, **item.options)
+        start = time.perf_counter()
+        report = quantize(model, recipe, calibration, storage=device, kernel="float32")
+        seconds = time.perf_counter() - start
+        num_weights = sum(layer.num_weights for layer in report.layers)
+        bits_per_weight = sum(layer.bits_per_weight * layer.num_weights for layer in report.layers) / num_weights
+        peak_memory_bytes = report.peak_device_memory_bytes or report.peak_memory_bytes
+    result = perplexity(model, windows, batch_size=1 if device == "cpu" else 8)
+    return {
+        "system": item.system or "none",
+        "bits": item.bits,
+        "options": item.label,
+        "windows": len(windows),
+        "bits_per_weight": bits_per_weight,
+        "perplexity": result.perplexity,
+        "perplexity_stderr": result.perplexity_stderr,
+        "seconds": seconds,
+        "peak_memory_bytes": peak_memory_bytes,
+        "calibration_tokens": calibration.numel() if item.system else 0,
+    }
+
+
+def merged(rows: Sequence[dict[str, Any]], row: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows with one more, in the order of `variants`; it replaces a row of the same key."""
+    order = {(item.system or "none", item.bits, item.label): place for place, item in enumerate(variants())}
+    kept = [old for old in rows if any(old[name] != row[name] for name in KEY)]
+    return sorted(
+        [*kept, row], key=lambda one: order.get((one["system"], one["bits"], one["options"]), len(order))
+    )
+
+
+def _existing(arguments: argparse.Namespace) -> tuple[list[dict[str, Any]], str | None]:
+    """Return the rows and the command to begin with: those of the record when appending."""
+    path = record.RESULTS / f"{arguments.record}.json"
+    if not arguments.append or not path.is_file():
+        return [], None
+    before = record.read(arguments.record)
+    return before["rows"], before["command"]
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("model")
+    parser.add_argument("--data", type=Path, default=os.environ.get("QUATTUOR_DATA"))
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--only", nargs="*", help="measure only rows whose name contains one of these")
+    parser.add_argument("--samples", type=int, default=128)
+    parser.add_argument("--length", type=int, default=512, help="tokens of a calibration sequence")
+    parser.add_argument("--windows", type=int, help="evaluate only so many windows")
+    parser.add_argument("--budget-seconds", type=float, default=float("inf"), help="start no row after these")
+    parser.add_argument("--append", action="store_true", help="keep the rows of an existing record")
+    parser.add_argument("--record", default="weight_only")
+    arguments = parser.parse_args()
+    if arguments.data is None:
+        parser.error("name the data folder with --data or QUATTUOR_DATA")
+    arguments.data = Path(arguments.data)
+    return arguments
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+"""QuIP: 2-bit weights in a random basis that stays at run time."""
+
+from typing import Literal
+
+from quattuor.formats import MidRise
+from quattuor.granularity import PerTensor
+from quattuor.recipe import Recipe
+from quattuor.scales import RootMeanSquare
+from quattuor.solvers import GPTQ, CoordinateDescent, Solver, WeightQuantizer
+from quattuor.transforms import Incoherence
+
+__all__ = ["quip"]
+
+
+def quip(
+    bits: int = 2,
+    *,
+    kind: Literal["orthogonal", "hadamard"] = "orthogonal",
+    multiple: float = 2.4,
+    order: Literal["activation", "natural"] = "natural",
+    num_passes: int = 0,
+    damping: float = 0.0201,
+) -> Recipe:
+    """QuIP: make weight and Hessian incoherent, then round with linear feedback (LDLQ, which is GPTQ).
+
+    Args:
+        bits: Width of a weight, 2 to 8; the paper has 2, 3 and 4.
+        kind: Random orthogonal Kronecker factors, as in the paper, or Hadamard factors with random signs.
+        multiple: Where the outermost levels lie, in root mean squares of the matrix.
+        order: Columns as they are, or by descending diagonal of the Hessian ("activation").
+        num_passes: Greedy passes over all columns after the feedback; with order "activation" this is LDLQ-RG.
+        damping: Added to the Hessian's diagonal, as a fraction of its mean; the authors add 0.01 twice.
+
+    References:
+        Chee et al., 2023, arXiv:2307.13304. See docs/systems/quip.md.
+    """
+    solver: Solver = GPTQ(damping=damping, order=order)
+    if num_passes:
+        solver = CoordinateDescent(start=solver, num_passes=num_passes, refit=False, damping=damping)
+    return Recipe(
+        systems=("quip",),
+        weights=WeightQuantizer(
+            number_format=MidRise(bits),
+            granularity=PerTensor(),
+            scales=RootMeanSquare(multiple=multiple),
+            solver=solver,
+            transform=Incoherence(kind=kind),
+        ),
+    )
