@@ -29,6 +29,9 @@ __all__ = ["LayerRow", "VerifiedRow", "inspect", "verify"]
 BEHAVIOUR = "(logits)"
 """Name of the row that is about no tensor."""
 
+_LARGEST_SHARE = 0.5
+"""Of KL(original || uniform). On SmolLM2-135M: 4 bits reach 0.03, 3 bits 0.2, lost rotations 1.0 to 1.7."""
+
 _GRID_SLACK = 1e-5
 """Relative rounding of float32 arithmetic when the nearest representable number is computed again."""
 
@@ -102,8 +105,8 @@ def verify(folder: str | Path, against: ModelSource | None = None) -> list[Verif
 
     Transforms change the weights themselves; then only names and shapes are compared tensor by tensor, and the
     rows say so. Instead both models read a short text, and the last row reports KL(original || checkpoint). It
-    must stay below KL(original || uniform), which a model that knows nothing reaches. A head or an embedding that
-    did not absorb a rotation exceeds it; rounding to 3 bits does not.
+    must stay below half of KL(original || uniform). A head or an embedding that did not absorb a rotation leaves a
+    model that knows nothing or worse, and reaches the whole of it; rounding to 3 bits stays below.
 
     Raises:
         CheckpointError: The first check that fails, with the tensor's name.
@@ -249,12 +252,12 @@ def _check_dense(
 def _check_behaviour(against: ModelSource, folder: Path) -> VerifiedRow:
     """Compare predictions, which a transform must not change however it changes the weights."""
     divergence = divergence_from(against, folder)
-    if not divergence.nats < divergence.uniform_nats:
+    if not divergence.nats < _LARGEST_SHARE * divergence.uniform_nats:
         raise CheckpointError(
             compose(
                 subject="KL(original || checkpoint)",
                 value=str(divergence),
-                constraint="is no better than knowing nothing: a transform is not absorbed, or bits are too few",
+                constraint="lost half of what the original knows: a transform is not absorbed, or bits too few",
                 place=str(folder),
                 remedy="quantize again, with other transforms or more bits; do not use it",
             )
