@@ -89,6 +89,8 @@ class LinearProblem:
             `activation_bits=8` and a group size.
         zero_point: Whether codes have a zero point. Only with `activation_bits=16`.
         activation_bits: 8 (int8 codes with one scale per token) or 16 (floating point).
+        activation_zero_point: Whether tokens have a zero point. Only with `activation_bits=8`, and then
+            `in_features` is at most half of `MAX_IN_FEATURES`: differences of codes need one more bit.
         output_dtype: float16, bfloat16 or float32.
         device_type: "cpu", "cuda", ...
         compute_capability: (major, minor) of a CUDA device, else None.
@@ -101,6 +103,7 @@ class LinearProblem:
     integer_group_scale: bool = False
     zero_point: bool = False
     activation_bits: int = 8
+    activation_zero_point: bool = False
     output_dtype: torch.dtype = torch.float16
     device_type: str = "cpu"
     compute_capability: tuple[int, int] | None = None
@@ -128,13 +131,22 @@ class LinearProblem:
             place,
             "use None for one scale per channel, or 32, 64 or 128",
         )
+        longest = MAX_IN_FEATURES // 2 if self.activation_zero_point else MAX_IN_FEATURES
         check(
-            self.activation_bits == 16 or self.in_features <= MAX_IN_FEATURES,
+            self.activation_bits == 16 or self.in_features <= longest,
             "in_features",
             self.in_features,
-            f"exceeds {MAX_IN_FEATURES}, beyond which an int32 sum can overflow",
+            f"exceeds {longest}, beyond which an int32 sum can overflow",
             place,
             "split the layer along its input features",
+        )
+        check(
+            not self.activation_zero_point or self.activation_bits == 8,
+            "activation_zero_point",
+            self.activation_zero_point,
+            "is not defined with 16-bit activations",
+            place,
+            "leave it False, or use activation_bits=8",
         )
         check(
             not self.integer_group_scale or (self.group_size is not None and self.activation_bits == 8),
@@ -195,7 +207,13 @@ class TokenRange:
 
 
 #: Decoding, batched decoding, where memory and tensor cores balance, prefill. Consecutive, complete from 0.
-TOKEN_RANGES = (TokenRange(0, 16), TokenRange(17, 64), TokenRange(65, 128), TokenRange(129, None))
+TOKEN_RANGES = (
+    TokenRange(0, 16),
+    TokenRange(17, 32),
+    TokenRange(33, 64),
+    TokenRange(65, 128),
+    TokenRange(129, None),
+)
 
 
 class Implementation(ABC):
@@ -228,7 +246,7 @@ class Implementation(ABC):
     def linear(
         self,
         problem: LinearProblem,
-        inputs: Sequence[Tensor],
+        inputs: Sequence[Tensor | None],
         operand: Mapping[str, Tensor],
         bias: Tensor | None,
         out_dtype: torch.dtype,

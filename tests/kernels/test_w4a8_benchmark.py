@@ -4,7 +4,8 @@
 import pytest
 import torch
 
-from benchmarks.kernels.w4a8 import COLD_BYTES, floor_us, num_copies, quantized_rows
+from benchmarks.kernels.contenders import quantized_rows
+from benchmarks.kernels.timing import COLD_BYTES, floor_us, num_copies
 from benchmarks.shapes import LINEAR_SHAPES, TOKEN_COUNTS
 
 

@@ -15,9 +15,11 @@ from quattuor.kernels.w4a8_linear.planes import (
     MAX_SPLIT_TILES,
     PLANE_K,
     STORED_BITS,
+    TILE_ROWS,
     Tile,
     pack_planes,
     pad_weight,
+    tile_rows,
 )
 from quattuor.kernels.w4a8_linear.triton import processors
 
@@ -54,17 +56,17 @@ def prepare_tensors(
 ) -> dict[str, Tensor]:
     """Return the padded tensors of the kernel.
 
-    packed       int8 [N', K' / 2] nibbles up to 4 bits, [N', K'] above; unsigned codes are stored less 2^(b-1)
+    packed       int8 tiles of nibbles up to 4 bits, of bytes above; unsigned codes are stored less 2^(b-1)
     scale        float32 [G', N']
     zero_point   float32 [G', N'], shifted like the codes; absent where it is zero throughout
     arrivals     int32 zeros: counters of programs that share a tile, zero again after every launch
     """
     shift = problem.max_code if codes.dtype == torch.uint8 else 0
     signed = (codes.to(torch.int16) - shift).to(torch.int8)
-    packed = pack_planes(signed) if problem.weight_bits <= 4 else pad_weight(signed).contiguous()
+    packed = pack_planes(signed) if problem.weight_bits <= 4 else tile_rows(pad_weight(signed))
     padded_features = problem.in_features + -problem.in_features % BLOCK_K
     groups = -(-padded_features // (problem.group_size or padded_features))
-    padding = (0, packed.shape[0] - problem.out_features, 0, groups - problem.num_groups)
+    padding = (0, packed.shape[0] * TILE_ROWS - problem.out_features, 0, groups - problem.num_groups)
     named = {
         "packed": packed,
         "scale": pad(scale.float().T, padding).contiguous(),

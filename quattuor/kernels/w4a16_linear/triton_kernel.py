@@ -128,8 +128,9 @@ def w4a16_kernel(
     row = (tile % num_row_tiles) * ROWS + tl.arange(0, ROWS)
     token = (tile // num_row_tiles) * TOKENS + tl.arange(0, TOKENS)
     column = tl.arange(0, PIECE)
-    row_bytes = NUM_BLOCKS * (128 if NIBBLES else 256)
-    weight = packed + row[:, None].to(tl.int64) * row_bytes + column[None, :]
+    chunks = NUM_BLOCKS * (1 if NIBBLES else 2)
+    row_start = packed + (row // 128).to(tl.int64) * chunks * 16384 + row % 128 * 128
+    weight = row_start[:, None] + column[None, :]
     pieces: tl.constexpr = 128 // PIECE
     first = part * NUM_BLOCKS // SPLIT * pieces
     last = (part + 1) * NUM_BLOCKS // SPLIT * pieces
@@ -140,11 +141,11 @@ def w4a16_kernel(
         inside = piece % pieces * PIECE
         k = block * 256 + inside
         if NIBBLES:
-            low = tl.load(weight + block * 128 + inside)
+            low = tl.load(weight + block * 16384 + inside)
             high = low
         else:
-            low = tl.load(weight + k)
-            high = tl.load(weight + k + 128)
+            low = tl.load(weight + block * 32768 + inside)
+            high = tl.load(weight + block * 32768 + 16384 + inside)
         acc = add_group(
             acc,
             low,
@@ -246,8 +247,8 @@ def launch(
         out_features,
         in_features,
         x.stride(0),
-        packed.shape[0],
-        packed.shape[1] // (128 if nibbles else 256),
+        packed.shape[0] * 128,
+        packed.shape[1] // (1 if nibbles else 2),
         ROWS=tile.rows,
         TOKENS=tile.tokens,
         PIECE=piece,

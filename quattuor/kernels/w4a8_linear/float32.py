@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operation through float32 matrix products: fast on any CPU, and exact.
 
-A product of |x| <= 128 and |w| <= max_w is an integer below 2^24 after any order of at most
-2^24 / (128 * max_w) additions, and float32 holds such integers exactly. So K is cut into chunks of that many
-columns, each chunk is one float32 product, and the chunks are added as integers in float64.
+A product of |x| <= 128 (255 when a zero point is subtracted) and |w| <= max_w is an integer below 2^24 after any
+order of at most 2^24 / (128 * max_w) additions, and float32 holds such integers exactly. So K is cut into chunks
+of that many columns, each chunk is one float32 product, and the chunks are added as integers in float64.
 """
 
 from collections.abc import Mapping, Sequence
@@ -25,7 +25,8 @@ def uses_tf32() -> bool:
 def chunk_size(problem: LinearProblem) -> int:
     """Return the columns of K whose partial sums stay at or below 2^24 in absolute value."""
     max_weight = problem.max_code if problem.group_size is None else 128
-    return 2**24 // (128 * max_weight)
+    max_token = 255 if problem.activation_zero_point else 128
+    return 2**24 // (max_token * max_weight)
 
 
 class Float32(Implementation):
@@ -52,8 +53,10 @@ class Float32(Implementation):
         bias: Tensor | None,
         out_dtype: torch.dtype,
     ) -> Tensor:
-        x_codes, x_scale = inputs
+        x_codes, x_scale, x_zero_point = inputs
         x_MK, weight_NK = x_codes.float(), operand["weight"]
+        if x_zero_point is not None:
+            x_MK = x_MK - x_zero_point[:, None]
         chunk = chunk_size(problem)
         if problem.in_features <= chunk:
             sum_MN = x_MK @ weight_NK.T

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operation on Hopper in Gluon: which problems it takes, and the tile for each token count."""
 
+import functools
 import importlib.util
 from collections.abc import Mapping, Sequence
 
@@ -8,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quattuor.kernels.dispatch import Implementation, LinearProblem, TokenRange
+from quattuor.kernels.w4a8_linear import measured
 from quattuor.kernels.w4a8_linear.planes import BLOCK_K, PLANE_K, STORED_BITS, HopperTile, mode_of, prepare_planes
 from quattuor.kernels.w4a8_linear.triton import processors
 
@@ -18,7 +20,9 @@ STAGES = {8: 10, 16: 9, 32: 8, 64: 6, 128: 4}
 
 
 #: Waves of whole tiles from which 256 rows pay: with fewer, the tiles cut along K at the end weigh more.
-WIDE_WAVES = 16
+WIDE_WAVES = 4
+#: Weights from which a layer without groups streams long enough to pay for the start of a program.
+LARGE = 170_000_000
 
 
 def choose_hopper_tile(num_tokens: int, out_features: int, mode: str, programs: int) -> HopperTile:
@@ -26,8 +30,17 @@ def choose_hopper_tile(num_tokens: int, out_features: int, mode: str, programs: 
     tokens = min(128, max(8, 1 << (num_tokens - 1).bit_length()))
     wide_tiles = -(-out_features // 256) * -(-num_tokens // 128)
     if wide_tiles < WIDE_WAVES * programs:
-        return HopperTile(consumers=2, blocks=1, tokens=tokens, stages=STAGES[tokens])
-    return HopperTile(consumers=2, blocks=2, tokens=128, stages=2 if mode == "half" else 3)
+        return HopperTile(blocks=1, tokens=tokens, stages=STAGES[tokens])
+    return HopperTile(blocks=2, tokens=128, stages=2 if mode == "half" else 3)
+
+
+@functools.lru_cache(maxsize=4096)
+def tile_for(problem: LinearProblem, num_tokens: int, device: torch.device) -> HopperTile:
+    """Return the measured tile of a layer, or the one that the rule gives."""
+    choice = measured.find(problem, num_tokens)
+    if choice is not None and choice.implementation == Gluon.name:
+        return choice.tile
+    return choose_hopper_tile(num_tokens, problem.out_features, mode_of(problem), processors(device)[0])
 
 
 class Gluon(Implementation):
@@ -44,6 +57,8 @@ class Gluon(Implementation):
             return f"needs warpgroup instructions (compute capability 9.0), not {problem.compute_capability}"
         if importlib.util.find_spec("triton.experimental.gluon") is None:
             return "the installed triton has no Gluon (pip install 'triton>=3.6')"
+        if problem.activation_zero_point:
+            return "subtracts no zero points of activations"
         if problem.weight_bits > 4:
             return f"unpacks codes of at most 4 bits, not {problem.weight_bits}"
         if problem.group_size is not None and problem.group_size % PLANE_K:
@@ -53,10 +68,13 @@ class Gluon(Implementation):
         return None
 
     def declines(self, problem: LinearProblem, tokens: TokenRange) -> str | None:
-        if tokens.last is not None and tokens.last <= 64:
+        choice = measured.find(problem, tokens.last)
+        if choice is not None:
+            is_fastest = choice.implementation == self.name
+            return None if is_fastest else f"{choice.implementation} was measured to be faster on this layer"
+        is_few = tokens.last is not None and tokens.last <= 64
+        if is_few and mode_of(problem) == "channel" and problem.out_features * problem.in_features < LARGE:
             return "streaming the weight is the limit here, and the smaller programs of triton hide more of it"
-        if mode_of(problem) == "half":
-            return "float16 group scales have only been compiled here, not run on a GPU; force it to try them"
         return None
 
     def prepare(self, problem: LinearProblem, *tensors: Tensor | None) -> dict[str, Tensor]:
@@ -72,7 +90,7 @@ class Gluon(Implementation):
     ) -> Tensor:
         from quattuor.kernels.w4a8_linear.gluon_kernel import launch
 
-        x_codes, x_scale = inputs
+        x_codes, x_scale, _ = inputs
         num_tokens = x_codes.shape[0]
         out = torch.empty(num_tokens, problem.out_features, dtype=out_dtype, device=x_codes.device)
         if num_tokens == 0:
@@ -81,8 +99,7 @@ class Gluon(Implementation):
         is_regular = x_codes.stride(1) == 1 and row_stride >= problem.in_features
         if not is_regular or row_stride % 16 or x_codes.data_ptr() % 16:
             x_codes = x_codes.clone(memory_format=torch.contiguous_format)
-        mode = mode_of(problem)
-        programs = processors(x_codes.device)[0]
+        tile = tile_for(problem, num_tokens, x_codes.device)
         with torch.cuda.device_of(x_codes):
             launch(
                 x_codes,
@@ -93,10 +110,10 @@ class Gluon(Implementation):
                 operand["arrivals"],
                 bias if bias is None else bias.contiguous(),
                 out,
-                mode=mode,
+                mode=mode_of(problem),
                 group_size=problem.group_size,
                 num_blocks=-(-problem.in_features // BLOCK_K),
-                tile=choose_hopper_tile(num_tokens, problem.out_features, mode, programs),
-                programs=programs,
+                tile=tile,
+                programs=processors(x_codes.device)[0] * tile.per_processor,
             )
         return out

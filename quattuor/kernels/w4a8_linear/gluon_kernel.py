@@ -22,6 +22,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quattuor.kernels.w4a8_linear.planes import HopperTile
 from quattuor.kernels.w4a8_linear.unpacking import (
@@ -141,37 +142,53 @@ def produce(
     GROUP_SIZE: gl.constexpr,
     BAND: gl.constexpr,
     STAGES: gl.constexpr,
+    PDL: gl.constexpr,
 ):
-    """Copy packed weights, the activations of both planes and their group scales into the ring of stages."""
+    """Copy packed weights, the activations of both planes and their group scales into the ring of stages.
+
+    The weight does not depend on the kernel before this one, so the first stages receive it before `gdc_wait`.
+    """
+    CHUNKS: gl.constexpr = ROWS // 128
     num_tiles = num_row_tiles * num_token_tiles
     group_bytes: gl.constexpr = 0 if MODE == CHANNEL else (2 * ROWS if MODE == INTEGER else 4 * ROWS)
     stage_bytes: gl.constexpr = ROWS * 128 + 2 * TOKENS * 128 + group_bytes
+    items = num_items(num_tiles, num_blocks)
+    early = 0
+    if PDL:
+        tile, first, last = share(0, num_tiles, num_blocks)
+        row_tile, token_tile = place(tile, num_row_tiles, num_token_tiles, BAND)
+        early = gl.where(items > 0, gl.minimum(STAGES, last - first), 0)
+        for stage in range(early):
+            ready = full.index(stage)
+            mbarrier.expect(ready, stage_bytes)
+            for chunk in gl.static_range(CHUNKS):
+                row = ((row_tile * CHUNKS + chunk) * num_blocks + first + stage) * 128
+                tma.async_copy_global_to_shared(w_desc, [row, 0], ready, w_smem.index(stage * CHUNKS + chunk))
+        gdc_wait()
     step = 0
-    for item in range(num_items(num_tiles, num_blocks)):
+    for item in range(items):
         tile, first, last = share(item, num_tiles, num_blocks)
         row_tile, token_tile = place(tile, num_row_tiles, num_token_tiles, BAND)
         for block in range(first, last):
             stage = step % STAGES
-            mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1)
             ready = full.index(stage)
-            mbarrier.expect(ready, stage_bytes)
-            tma.async_copy_global_to_shared(w_desc, [row_tile * ROWS, block * 128], ready, w_smem.index(stage))
-            tma.async_copy_global_to_shared(
-                x_desc, [token_tile * TOKENS, block * 256], ready, x_smem.index(2 * stage)
-            )
-            tma.async_copy_global_to_shared(
-                x_desc, [token_tile * TOKENS, block * 256 + 128], ready, x_smem.index(2 * stage + 1)
-            )
+            is_late = step >= early
+            mbarrier.wait(empty.index(stage), (step // STAGES & 1) ^ 1, pred=is_late)
+            mbarrier.expect(ready, stage_bytes, pred=is_late)
+            for chunk in gl.static_range(CHUNKS):
+                row = ((row_tile * CHUNKS + chunk) * num_blocks + block) * 128
+                tma.async_copy_global_to_shared(
+                    w_desc, [row, 0], ready, w_smem.index(stage * CHUNKS + chunk), pred=is_late
+                )
+            token = token_tile * TOKENS
+            tma.async_copy_global_to_shared(x_desc, [token, block * 256], ready, x_smem.index(2 * stage))
+            tma.async_copy_global_to_shared(x_desc, [token, block * 256 + 128], ready, x_smem.index(2 * stage + 1))
             if MODE != CHANNEL:
-                tma.async_copy_global_to_shared(
-                    group_desc, [block * 256 // GROUP_SIZE, row_tile * ROWS], ready, group_smem.index(2 * stage)
-                )
-                tma.async_copy_global_to_shared(
-                    group_desc,
-                    [(block * 256 + 128) // GROUP_SIZE, row_tile * ROWS],
-                    ready,
-                    group_smem.index(2 * stage + 1),
-                )
+                for plane in gl.static_range(2):
+                    group = (block * 256 + plane * 128) // GROUP_SIZE
+                    tma.async_copy_global_to_shared(
+                        group_desc, [group, row_tile * ROWS], ready, group_smem.index(2 * stage + plane)
+                    )
             step += 1
 
 
@@ -191,10 +208,18 @@ def load_group_scale(group_smem, first_row: gl.constexpr, layout: gl.constexpr, 
 
 @gluon.jit
 def multiply(
-    acc, w_smem, x_smem, group_smem, stage, first_row: gl.constexpr, MODE: gl.constexpr, layout: gl.constexpr
+    acc,
+    w_smem,
+    x_smem,
+    group_smem,
+    stage,
+    first_row: gl.constexpr,
+    CHUNKS: gl.constexpr,
+    MODE: gl.constexpr,
+    layout: gl.constexpr,
 ):
     """Issue the products of both planes of 64 rows; the caller waits for them."""
-    packed = w_smem.index(stage).slice(first_row, 64).load(layout)
+    packed = w_smem.index(stage * CHUNKS + first_row // 128).slice(first_row % 128, 64).load(layout)
     low_scale, high_scale = 0, 0
     if MODE != CHANNEL:
         low_scale = load_group_scale(group_smem.index(2 * stage), first_row, layout, MODE)
@@ -282,6 +307,7 @@ def consume(
     STAGES: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     BULK_STORE: gl.constexpr,
+    PDL: gl.constexpr,
 ):
     """Multiply BLOCKS blocks of 64 rows of every work item; store the result or leave it to the tile owner."""
     mma: gl.constexpr = gl.NVMMADistributedLayout(
@@ -289,6 +315,7 @@ def consume(
     )
     layout: gl.constexpr = gl.DotOperandLayout(operand_index=0, parent=mma, k_width=4)
     base: gl.constexpr = CONSUMER * BLOCKS * 64
+    CHUNKS: gl.constexpr = CONSUMERS * BLOCKS // 2
     rows_per_tile: gl.constexpr = CONSUMERS * BLOCKS * 64
     programs = gl.num_programs(0)
     me = programs - 1 - gl.program_id(0)
@@ -296,6 +323,8 @@ def consume(
     waves = num_tiles // programs
     units = (num_tiles - waves * programs) * num_blocks
     step = 0
+    if PDL:
+        gdc_wait()
     for item in range(num_items(num_tiles, num_blocks)):
         tile, first, last = share(item, num_tiles, num_blocks)
         row_tile, token_tile = place(tile, num_row_tiles, num_token_tiles, BAND)
@@ -304,9 +333,9 @@ def consume(
         for _ in range(first, last):
             stage = step % STAGES
             mbarrier.wait(full.index(stage), step // STAGES & 1)
-            token0 = multiply(acc0, w_smem, x_smem, group_smem, stage, base, MODE, layout)
+            token0 = multiply(acc0, w_smem, x_smem, group_smem, stage, base, CHUNKS, MODE, layout)
             if BLOCKS == 2:
-                token1 = multiply(acc1, w_smem, x_smem, group_smem, stage, base + 64, MODE, layout)
+                token1 = multiply(acc1, w_smem, x_smem, group_smem, stage, base + 64, CHUNKS, MODE, layout)
                 acc0, acc1 = warpgroup_mma_wait(0, deps=(token0, token1))
             else:
                 acc0 = warpgroup_mma_wait(0, deps=(token0,))
@@ -378,7 +407,8 @@ def consume(
         tma.store_wait(0)
 
 
-@gluon.jit
+# a kernel serves every batch and every length of K: these sizes decide nothing that is compiled
+@gluon.jit(do_not_specialize=["num_tokens", "num_blocks"])
 def w4a8_hopper_kernel(
     x_desc,
     w_desc,
@@ -402,12 +432,16 @@ def w4a8_hopper_kernel(
     STAGES: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     BULK_STORE: gl.constexpr,
+    PDL: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr,
 ):
     """All tiles of one layer: CONSUMERS warpgroups of BLOCKS * 64 rows, TOKENS tokens, STAGES K blocks deep."""
     ROWS: gl.constexpr = CONSUMERS * BLOCKS * 64
+    if PDL:
+        gdc_launch_dependents()
     num_row_tiles = gl.cdiv(num_rows, ROWS)
     num_token_tiles = gl.cdiv(num_tokens, TOKENS)
-    w_smem = gl.allocate_shared_memory(gl.int8, [STAGES, ROWS, 128], w_desc.layout)
+    w_smem = gl.allocate_shared_memory(gl.int8, [STAGES * ROWS // 128, 128, 128], w_desc.layout)
     x_smem = gl.allocate_shared_memory(gl.int8, [2 * STAGES, TOKENS, 128], x_desc.layout)
     if MODE == CHANNEL:
         group_smem = w_smem
@@ -424,160 +458,101 @@ def w4a8_hopper_kernel(
         mbarrier.init(empty.index(stage), count=CONSUMERS)
     fence_async_shared()
 
-    if CONSUMERS == 2:
-        gl.warp_specialize(
-            [
+    gl.warp_specialize(
+        [
+            (
+                consume,
                 (
-                    consume,
-                    (
-                        out_desc,
-                        out,
-                        x_smem,
-                        w_smem,
-                        group_smem,
-                        out_smem,
-                        full,
-                        empty,
-                        scale,
-                        x_scale,
-                        bias,
-                        partial,
-                        arrivals,
-                        num_tokens,
-                        num_rows,
-                        num_row_tiles,
-                        num_token_tiles,
-                        num_blocks,
-                        0,
-                        CONSUMERS,
-                        BLOCKS,
-                        TOKENS,
-                        MODE,
-                        BAND,
-                        STAGES,
-                        HAS_BIAS,
-                        BULK_STORE,
-                    ),
+                    out_desc,
+                    out,
+                    x_smem,
+                    w_smem,
+                    group_smem,
+                    out_smem,
+                    full,
+                    empty,
+                    scale,
+                    x_scale,
+                    bias,
+                    partial,
+                    arrivals,
+                    num_tokens,
+                    num_rows,
+                    num_row_tiles,
+                    num_token_tiles,
+                    num_blocks,
+                    0,
+                    CONSUMERS,
+                    BLOCKS,
+                    TOKENS,
+                    MODE,
+                    BAND,
+                    STAGES,
+                    HAS_BIAS,
+                    BULK_STORE,
+                    PDL,
                 ),
+            ),
+            (
+                consume,
                 (
-                    consume,
-                    (
-                        out_desc,
-                        out,
-                        x_smem,
-                        w_smem,
-                        group_smem,
-                        out_smem,
-                        full,
-                        empty,
-                        scale,
-                        x_scale,
-                        bias,
-                        partial,
-                        arrivals,
-                        num_tokens,
-                        num_rows,
-                        num_row_tiles,
-                        num_token_tiles,
-                        num_blocks,
-                        1,
-                        CONSUMERS,
-                        BLOCKS,
-                        TOKENS,
-                        MODE,
-                        BAND,
-                        STAGES,
-                        HAS_BIAS,
-                        BULK_STORE,
-                    ),
+                    out_desc,
+                    out,
+                    x_smem,
+                    w_smem,
+                    group_smem,
+                    out_smem,
+                    full,
+                    empty,
+                    scale,
+                    x_scale,
+                    bias,
+                    partial,
+                    arrivals,
+                    num_tokens,
+                    num_rows,
+                    num_row_tiles,
+                    num_token_tiles,
+                    num_blocks,
+                    1,
+                    CONSUMERS,
+                    BLOCKS,
+                    TOKENS,
+                    MODE,
+                    BAND,
+                    STAGES,
+                    HAS_BIAS,
+                    BULK_STORE,
+                    PDL,
                 ),
+            ),
+            (
+                produce,
                 (
-                    produce,
-                    (
-                        x_desc,
-                        w_desc,
-                        group_desc,
-                        x_smem,
-                        w_smem,
-                        group_smem,
-                        full,
-                        empty,
-                        num_row_tiles,
-                        num_token_tiles,
-                        num_blocks,
-                        ROWS,
-                        TOKENS,
-                        MODE,
-                        GROUP_SIZE,
-                        BAND,
-                        STAGES,
-                    ),
+                    x_desc,
+                    w_desc,
+                    group_desc,
+                    x_smem,
+                    w_smem,
+                    group_smem,
+                    full,
+                    empty,
+                    num_row_tiles,
+                    num_token_tiles,
+                    num_blocks,
+                    ROWS,
+                    TOKENS,
+                    MODE,
+                    GROUP_SIZE,
+                    BAND,
+                    STAGES,
+                    PDL,
                 ),
-            ],
-            worker_num_warps=[4, 1],
-            worker_num_regs=[232, 40],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (
-                    consume,
-                    (
-                        out_desc,
-                        out,
-                        x_smem,
-                        w_smem,
-                        group_smem,
-                        out_smem,
-                        full,
-                        empty,
-                        scale,
-                        x_scale,
-                        bias,
-                        partial,
-                        arrivals,
-                        num_tokens,
-                        num_rows,
-                        num_row_tiles,
-                        num_token_tiles,
-                        num_blocks,
-                        0,
-                        CONSUMERS,
-                        BLOCKS,
-                        TOKENS,
-                        MODE,
-                        BAND,
-                        STAGES,
-                        HAS_BIAS,
-                        BULK_STORE,
-                    ),
-                ),
-                (
-                    produce,
-                    (
-                        x_desc,
-                        w_desc,
-                        group_desc,
-                        x_smem,
-                        w_smem,
-                        group_smem,
-                        full,
-                        empty,
-                        num_row_tiles,
-                        num_token_tiles,
-                        num_blocks,
-                        ROWS,
-                        TOKENS,
-                        MODE,
-                        GROUP_SIZE,
-                        BAND,
-                        STAGES,
-                    ),
-                ),
-            ],
-            worker_num_warps=[1],
-            worker_num_regs=[40],
-        )
+            ),
+        ],
+        worker_num_warps=[4, 1],
+        worker_num_regs=[CONSUMER_REGISTERS, 40],
+    )
 
 
 def launch(
@@ -595,11 +570,13 @@ def launch(
     num_blocks: int,
     tile: HopperTile,
     programs: int,
+    overlap: bool = True,
 ) -> None:
     """Fill `out` [M, N] with a program on each multiprocessor; the weight tensors are those of `planes`.
 
     `x_codes` has rows aligned to 16 bytes. `arrivals` holds a flag for each consumer of each program, zero before
-    and after.
+    and after. `overlap` starts the program while the kernel before it drains; the weight must not be written by a
+    kernel still in flight.
     """
     num_tokens, in_features = x_codes.shape
     out_features = out.shape[1]
@@ -611,7 +588,7 @@ def launch(
     x_desc = TensorDescriptor(
         x_codes, [num_tokens, in_features], [x_codes.stride(0), 1], [tile.tokens, 128], BULK_LAYOUT
     )
-    w_desc = TensorDescriptor(packed, list(packed.shape), list(packed.stride()), [tile.rows, 128], BULK_LAYOUT)
+    w_desc = TensorDescriptor(packed, [packed.numel() // 128, 128], [128, 1], [128, 128], BULK_LAYOUT)
     group_desc = w_desc
     if group_scale is not None:
         bits = 8 * group_scale.element_size()
@@ -648,7 +625,11 @@ def launch(
         STAGES=tile.stages,
         HAS_BIAS=bias is not None,
         BULK_STORE=bulk_store,
+        PDL=overlap,
+        CONSUMER_REGISTERS=tile.registers,
         num_warps=4,
+        maxnreg=tile.max_registers,
+        launch_pdl=overlap,
         # the float32 steps of the epilogue must round one by one, as in the reference
         enable_fp_fusion=False,
     )

@@ -8,24 +8,22 @@ import torch
 from torch import Tensor
 
 from quattuor.kernels.dispatch import (
-    OUTPUT_DTYPES,
     Implementation,
     LinearProblem,
     Operand,
     Row,
     Schedule,
     check,
-    check_tensor,
     choose,
+    describe_device,
 )
+from quattuor.kernels.w4a8_linear.checks import PLACE, check_inputs, check_weight
 from quattuor.kernels.w4a8_linear.float32 import Float32
 from quattuor.kernels.w4a8_linear.gluon import Gluon
 from quattuor.kernels.w4a8_linear.reference import Reference
 from quattuor.kernels.w4a8_linear.triton import Triton
 
 __all__ = ["IMPLEMENTATIONS", "Plan", "plan"]
-
-PLACE = "w4a8_linear"
 
 #: Fastest first; the reference supports every legal problem.
 IMPLEMENTATIONS: tuple[Implementation, ...] = (Gluon(), Triton(), Float32(), Reference())
@@ -39,7 +37,8 @@ def known_problem(
     weight_bits: int,
     group_size: int,
     integer_group_scale: bool,
-    device_type: str,
+    activation_zero_point: bool,
+    device: torch.device,
 ) -> LinearProblem:
     """Return the problem of a layer that the operator computes; cached, since a call has no time to check it."""
     return LinearProblem(
@@ -48,15 +47,17 @@ def known_problem(
         weight_bits=weight_bits,
         group_size=group_size or None,
         integer_group_scale=integer_group_scale,
-        device_type=device_type,
+        activation_zero_point=activation_zero_point,
+        **describe_device(device),
     )
 
 
 # `custom_op` would infer the schema, but adds several times the latency of a small layer to each call.
 torch.library.define(
     "quattuor::w4a8_linear",
-    "(Tensor x_codes, Tensor x_scale, Tensor[] operand, str names, Tensor? bias, ScalarType out_dtype, "
-    "str implementation, int out_features, int weight_bits, int group_size, bool integer_group_scale) -> Tensor",
+    "(Tensor x_codes, Tensor x_scale, Tensor? x_zero_point, Tensor[] operand, str names, Tensor? bias, "
+    "ScalarType out_dtype, str implementation, int out_features, int weight_bits, int group_size, "
+    "bool integer_group_scale) -> Tensor",
 )
 
 
@@ -64,6 +65,7 @@ torch.library.define(
 def w4a8_linear(
     x_codes: Tensor,
     x_scale: Tensor,
+    x_zero_point: Tensor | None,
     operand: list[Tensor],
     names: str,
     bias: Tensor | None,
@@ -79,16 +81,23 @@ def w4a8_linear(
     `names` holds the comma-separated names of `operand`; `group_size` is 0 for one scale per channel.
     """
     problem = known_problem(
-        out_features, x_codes.shape[1], weight_bits, group_size, integer_group_scale, x_codes.device.type
+        out_features,
+        x_codes.shape[1],
+        weight_bits,
+        group_size,
+        integer_group_scale,
+        x_zero_point is not None,
+        x_codes.device,
     )
     tensors = dict(zip(names.split(","), operand, strict=True))
-    return BY_NAME[implementation].linear(problem, (x_codes, x_scale), tensors, bias, out_dtype)
+    return BY_NAME[implementation].linear(problem, (x_codes, x_scale, x_zero_point), tensors, bias, out_dtype)
 
 
 @torch.library.register_fake("quattuor::w4a8_linear")
 def fake_w4a8_linear(
     x_codes,
     x_scale,
+    x_zero_point,
     operand,
     names,
     bias,
@@ -144,8 +153,9 @@ class Plan:
         operand: Operand,
         bias: Tensor | None = None,
         out_dtype: torch.dtype | None = None,
+        x_zero_point: Tensor | None = None,
     ) -> Tensor:
-        """Return y[m, n] = float32(sum_k x_codes[m, k] w8[n, k]) * scale[n] * x_scale[m] (+ bias[n]).
+        """Return y[m, n] = float32(sum_k (x_codes[m, k] - z[m]) w8[n, k]) * scale[n] * x_scale[m] (+ bias[n]).
 
         Args:
             x_codes: int8 [M, K]; M may be 0; any strides.
@@ -153,6 +163,7 @@ class Plan:
             operand: What `prepare` of this plan returned, or the same tensors on the inputs' device.
             bias: Floating point [N] or None; added in float32.
             out_dtype: float16, bfloat16 or float32; None for the problem's output dtype.
+            x_zero_point: z, int8 [M], exactly when the problem has `activation_zero_point`.
 
         Returns:
             [M, N], rounded once from float32.
@@ -162,7 +173,7 @@ class Plan:
         """
         problem = self.problem
         out_dtype = problem.output_dtype if out_dtype is None else out_dtype
-        check_inputs(problem, x_codes, x_scale, bias, out_dtype)
+        check_inputs(problem, x_codes, x_scale, x_zero_point, bias, out_dtype)
         chosen = self.schedule.implementation(x_codes.shape[0])
         tensors = operand.layout(chosen.layout)
         check(
@@ -176,6 +187,7 @@ class Plan:
         return torch.ops.quattuor.w4a8_linear(
             x_codes,
             x_scale,
+            x_zero_point,
             list(tensors.values()),
             ",".join(tensors),
             bias,
@@ -208,89 +220,3 @@ def plan(problem: LinearProblem, force: str | None = None) -> Plan:
         "use w4a16_linear",
     )
     return Plan(problem, choose(PLACE, IMPLEMENTATIONS, problem, force))
-
-
-def check_weight(problem: LinearProblem, codes: Tensor, scale: Tensor, group_scale: Tensor | None) -> None:
-    """Raise `InputError` unless the weight tensors match the problem in dtype, shape, device and range."""
-    place = f"{PLACE}.prepare"
-    device = codes.device
-    check_tensor("codes", codes, (problem.out_features, problem.in_features), (torch.int8,), device, place)
-    check_tensor("scale", scale, (problem.out_features,), (torch.float32,), device, place)
-    low, high = (int(bound) for bound in codes.aminmax())
-    check(
-        -problem.max_code <= low and high < problem.max_code,
-        "codes",
-        f"{low} .. {high}",
-        f"exceed the range of {problem.weight_bits} signed bits",
-        place,
-        "pass signed codes, or state the right weight_bits",
-    )
-    check(
-        (group_scale is None) == (problem.group_size is None),
-        "group_scale",
-        "None" if group_scale is None else "a tensor",
-        f"does not fit group_size={problem.group_size}",
-        place,
-        "pass group scales exactly when the problem has groups",
-    )
-    check(
-        bool(scale.isfinite().all()),
-        "scale",
-        "NaN or infinite",
-        "is not finite",
-        place,
-        "check how it was made",
-    )
-    if group_scale is None:
-        return
-    shape = (problem.out_features, problem.num_groups)
-    check_tensor("group_scale", group_scale, shape, (torch.float16,), device, place)
-    check(
-        bool(group_scale.isfinite().all()),
-        "group_scale",
-        "NaN or infinite",
-        "is not finite",
-        place,
-        "choose a larger channel scale",
-    )
-    top, bottom = 2 ** (8 - problem.weight_bits), -(127 // problem.max_code)
-    legal = (group_scale == group_scale.round()) & (group_scale != 0)
-    legal &= (group_scale >= bottom) & (group_scale <= top)
-    check(
-        not problem.integer_group_scale or bool(legal.all()),
-        "group_scale",
-        f"{group_scale.min().item()} .. {group_scale.max().item()}",
-        f"are not all integers in {bottom} .. -1 or 1 .. {top}, as integer_group_scale promises",
-        place,
-        "set integer_group_scale=False",
-    )
-
-
-def check_inputs(
-    problem: LinearProblem, x_codes: Tensor, x_scale: Tensor, bias: Tensor | None, out_dtype: torch.dtype
-) -> None:
-    """Raise `InputError` unless the inputs match the problem in dtype, shape and device."""
-    place = f"{PLACE}.linear"
-    device = x_codes.device
-    check(x_codes.dim() == 2, "x_codes.dim()", x_codes.dim(), "is not 2", place, "flatten tokens to [M, K]")
-    num_tokens = x_codes.shape[0]
-    check_tensor("x_codes", x_codes, (num_tokens, problem.in_features), (torch.int8,), device, place)
-    check_tensor("x_scale", x_scale, (num_tokens,), (torch.float32,), device, place)
-    if bias is not None:
-        check_tensor("bias", bias, (problem.out_features,), OUTPUT_DTYPES, device, place)
-    check(
-        out_dtype in OUTPUT_DTYPES,
-        "out_dtype",
-        out_dtype,
-        "is not a supported floating-point type",
-        place,
-        "use float16, bfloat16 or float32",
-    )
-    check(
-        device.type == problem.device_type,
-        "x_codes.device",
-        device,
-        f"is not a {problem.device_type} device, for which the plan was made",
-        place,
-        "make a plan for this device",
-    )

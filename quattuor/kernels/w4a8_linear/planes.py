@@ -16,18 +16,22 @@ __all__ = [
     "PLANE_K",
     "ROW_TILE",
     "STORED_BITS",
+    "TILE_ROWS",
     "HopperTile",
     "Tile",
     "mode_of",
     "pack_planes",
     "pad_weight",
     "prepare_planes",
+    "tile_rows",
     "unpack_planes",
 ]
 
 #: Elements of K in one block: two planes of `PLANE_K`, one in the low and one in the high nibbles.
 BLOCK_K = 256
 PLANE_K = 128
+#: Rows of one contiguous tile of the packed weight.
+TILE_ROWS = 128
 #: Rows of the packed weight are padded to a multiple of this, so that kernels need no row mask.
 ROW_TILE = 256
 #: Memory of one code by its width: nibbles, then bytes.
@@ -38,23 +42,36 @@ MAX_SPLIT_TILES = 1 << 14
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tile:
-    """The work of one program: `rows` output features by `tokens`, K cut in `split` parts, and its resources."""
+    """The work of one program: `rows` output features by `tokens`, K cut in `split` parts, and its resources.
+
+    `overlap` says when the next kernel of the stream may start its programs: "none" after this one, "early" at
+    once, "late" when every program of this one has multiplied; the last two need compute capability 9.0.
+    """
 
     rows: int
     tokens: int
     split: int
     num_warps: int
     num_stages: int
+    overlap: str = "none"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class HopperTile:
-    """A tile of consumers * blocks * 64 rows by `tokens`, with a ring of `stages` K blocks."""
+    """A tile of consumers * blocks * 64 rows by `tokens`, with a ring of `stages` K blocks.
 
-    consumers: int
+    `registers` is what a thread of the second consumer may use, `max_registers` the cap at launch, None for what
+    the compiler takes; the first consumer gets what the others leave. `per_processor` programs share each
+    multiprocessor.
+    """
+
     blocks: int
     tokens: int
     stages: int
+    consumers: int = 2
+    registers: int = 232
+    max_registers: int | None = None
+    per_processor: int = 1
 
     @property
     def rows(self) -> int:
@@ -75,6 +92,13 @@ def mode_of(problem: LinearProblem) -> str:
     return "integer" if problem.integer_group_scale else "half"
 
 
+def tile_rows(matrix: Tensor) -> Tensor:
+    """Cut bytes [N', B] into tiles [N' / 128, B / 128, 128, 128], each contiguous: 16 KB that one copy brings."""
+    rows, columns = matrix.shape
+    tiles = matrix.view(rows // TILE_ROWS, TILE_ROWS, columns // PLANE_K, PLANE_K)
+    return tiles.transpose(1, 2).contiguous()
+
+
 def pad_weight(codes: Tensor) -> Tensor:
     """Pad [N, K] with zeros to whole row tiles and K blocks."""
     out_features, in_features = codes.shape
@@ -82,20 +106,21 @@ def pad_weight(codes: Tensor) -> Tensor:
 
 
 def pack_planes(codes: Tensor) -> Tensor:
-    """Pack signed 4-bit codes [N, K] into int8 [N', K' / 2], N' and K' padded with zero codes.
+    """Pack signed 4-bit codes [N, K] into int8 tiles [N' / 128, K' / 256, 128, 128], padded with zero codes.
 
-    Byte 128 b + j of a row holds element 256 b + j in its low and element 256 b + 128 + j in its high nibble.
+    Byte j of row n of tile (t, b) holds element 256 b + j of row 128 t + n in its low nibble and element
+    256 b + 128 + j in its high nibble.
     """
     codes = pad_weight(codes)
     low, high = codes.view(codes.shape[0], -1, 2, PLANE_K).unbind(dim=2)
-    return ((low & 0x0F) | (high << 4)).reshape(codes.shape[0], -1)
+    return tile_rows(((low & 0x0F) | (high << 4)).reshape(codes.shape[0], -1))
 
 
 def unpack_planes(packed: Tensor, out_features: int, in_features: int) -> Tensor:
     """Return the int8 codes [N, K] of `pack_planes`."""
-    planes = packed.view(packed.shape[0], -1, PLANE_K)
+    planes = packed.transpose(1, 2).reshape(packed.shape[0] * TILE_ROWS, -1, PLANE_K)
     codes = torch.stack(((planes << 4) >> 4, planes >> 4), dim=2)
-    return codes.reshape(packed.shape[0], -1)[:out_features, :in_features]
+    return codes.reshape(planes.shape[0], -1)[:out_features, :in_features]
 
 
 def prepare_planes(
@@ -103,19 +128,26 @@ def prepare_planes(
 ) -> dict[str, Tensor]:
     """Return the padded tensors that the GPU kernels share.
 
-    packed       int8 [N', K' / 2] nibbles, or [N', K'] in byte mode
+    packed       int8 tiles [N' / 128, K' / 256, 128, 128] of nibbles, or [N' / 128, K' / 128, 128, 128] of bytes
     scale        float32 [N']; divided by 16 in channel mode, whose operands are 16 * code (exact: a power of two)
     group_scale  int8 (integer mode) or float16 (half mode) [G', N']: a warp reads one group of many rows
     arrivals     int32 zeros: counters of programs that share a tile, zero again after every launch
+    weight_sum   int32 [N'], sums of the operands over K; only where activations have zero points
     """
     mode = mode_of(problem)
     row_padding = -problem.out_features % ROW_TILE
-    packed = pad_weight(int8_weight(problem, codes, group_scale)) if mode == "byte" else pack_planes(codes)
+    if mode == "byte":
+        packed = tile_rows(pad_weight(int8_weight(problem, codes, group_scale)))
+    else:
+        packed = pack_planes(codes)
     named = {
         "packed": packed,
         "scale": pad(scale / 16 if mode == "channel" else scale, (0, row_padding)),
         "arrivals": torch.zeros(MAX_SPLIT_TILES, dtype=torch.int32, device=codes.device),
     }
+    if problem.activation_zero_point:
+        sums = int8_weight(problem, codes, group_scale).sum(dim=1, dtype=torch.int32)
+        named["weight_sum"] = pad(sums * 16 if mode == "channel" else sums, (0, row_padding))
     if mode in ("integer", "half"):
         padded_features = problem.in_features + -problem.in_features % BLOCK_K
         groups = -(-padded_features // problem.group_size)

@@ -32,7 +32,7 @@ def finish(sum_MN: Tensor, scale: Tensor, x_scale: Tensor, bias: Tensor | None, 
 
 
 class Reference(Implementation):
-    """y = float32(x_codes @ w8.T) * scale * x_scale (+ bias); the product in float64, exact below 2^53."""
+    """y = float32((x_codes - z) @ w8.T) * scale * x_scale (+ bias); the product in float64, exact below 2^53."""
 
     name = "reference"
     layout = "codes"
@@ -54,7 +54,10 @@ class Reference(Implementation):
         bias: Tensor | None,
         out_dtype: torch.dtype,
     ) -> Tensor:
-        x_codes, x_scale = inputs
+        x_codes, x_scale, x_zero_point = inputs
         weight_NK = int8_weight(problem, operand["codes"], operand.get("group_scale"))
-        sum_MN = x_codes.double() @ weight_NK.double().T
+        x_MK = x_codes.double()
+        if x_zero_point is not None:
+            x_MK = x_MK - x_zero_point[:, None]
+        sum_MN = x_MK @ weight_NK.double().T
         return finish(sum_MN, operand["scale"], x_scale, bias, out_dtype)

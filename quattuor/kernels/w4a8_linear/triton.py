@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quattuor.kernels.dispatch import Implementation, LinearProblem
+from quattuor.kernels.w4a8_linear import measured
 from quattuor.kernels.w4a8_linear.planes import BLOCK_K, STORED_BITS, Tile, mode_of, prepare_planes
 
 __all__ = ["Triton", "choose_tile"]
@@ -43,6 +44,15 @@ def choose_tile(
     return Tile(rows=rows, tokens=tokens, split=split, num_warps=num_warps, num_stages=num_stages)
 
 
+@functools.lru_cache(maxsize=4096)
+def tile_for(problem: LinearProblem, num_tokens: int, device: torch.device) -> Tile:
+    """Return the measured tile of a layer, or the one that the rule gives."""
+    choice = measured.find(problem, num_tokens)
+    if choice is not None and choice.implementation == Triton.name:
+        return choice.tile
+    return choose_tile(num_tokens, problem.out_features, -(-problem.in_features // BLOCK_K), *processors(device))
+
+
 class Triton(Implementation):
     """Plain Triton: int4 planes unpacked in registers, int32 sums on the tensor cores."""
 
@@ -72,33 +82,27 @@ class Triton(Implementation):
     ) -> Tensor:
         from quattuor.kernels.w4a8_linear.triton_kernel import launch
 
-        x_codes, x_scale = inputs
+        x_codes, x_scale, x_zero_point = inputs
         num_tokens = x_codes.shape[0]
         out = torch.empty(num_tokens, problem.out_features, dtype=out_dtype, device=x_codes.device)
         if num_tokens == 0:
             return out
         if x_codes.stride(1) != 1:
             x_codes = x_codes.contiguous()
-        mode = mode_of(problem)
-        packed = operand["packed"]
-        tile = choose_tile(
-            num_tokens,
-            problem.out_features,
-            -(-problem.in_features // BLOCK_K),
-            *processors(x_codes.device),
-        )
         with torch.cuda.device_of(x_codes):
             launch(
                 x_codes,
                 x_scale.contiguous(),
-                packed,
+                operand["packed"],
                 operand["scale"],
                 operand.get("group_scale"),
                 operand["arrivals"],
                 bias if bias is None else bias.contiguous(),
                 out,
-                mode=mode,
+                mode=mode_of(problem),
                 group_size=problem.group_size,
-                tile=tile,
+                tile=tile_for(problem, num_tokens, x_codes.device),
+                x_zero_point=x_zero_point if x_zero_point is None else x_zero_point.contiguous(),
+                weight_sum=operand.get("weight_sum"),
             )
         return out

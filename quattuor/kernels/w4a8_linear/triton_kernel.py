@@ -12,6 +12,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quattuor.kernels.w4a8_linear.planes import Tile
 from quattuor.kernels.w4a8_linear.unpacking import (
@@ -23,7 +24,7 @@ from quattuor.kernels.w4a8_linear.unpacking import (
     LOW_INTEGER,
 )
 
-__all__ = ["MODES", "launch", "w4a8_kernel"]
+__all__ = ["MODES", "OVERLAPS", "launch", "w4a8_kernel"]
 
 # How the kernel turns stored bytes into int8 operands.
 CHANNEL = tl.constexpr(0)  # nibbles; operand = 16 * code, and the channel scale is divided by 16
@@ -32,6 +33,13 @@ HALF = tl.constexpr(2)  # nibbles; operand = clamp(rne(code * float16 group scal
 BYTE = tl.constexpr(3)  # int8 operands as stored
 
 MODES = {"channel": CHANNEL, "integer": INTEGER, "half": HALF, "byte": BYTE}
+
+# When the next kernel may start its programs.
+NONE = tl.constexpr(0)
+EARLY = tl.constexpr(1)
+LATE = tl.constexpr(2)
+
+OVERLAPS = {"none": NONE, "early": EARLY, "late": LATE}
 
 
 @triton.jit
@@ -101,6 +109,20 @@ def load_group_scale(group_scale, first_k, row, column, N_PADDED, GROUP_SIZE: tl
 
 
 @triton.jit
+def prefetch(pointer):
+    """Bring the cache line at each address to L2."""
+    address = pointer.to(tl.int64)
+    tl.inline_asm_elementwise(
+        "{ .reg .b64 a; cvta.to.global.u64 a, $1; prefetch.global.L2 [a]; mov.b32 $0, 0; }",
+        "=r,l",
+        [address],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
 def load_tokens(x, token, k, M, K, stride_xm, EVEN_K: tl.constexpr):
     """Activation codes [k, tokens], zero outside the matrix."""
     mask = token[None, :] < M
@@ -109,13 +131,16 @@ def load_tokens(x, token, k, M, K, stride_xm, EVEN_K: tl.constexpr):
     return tl.load(x + token[None, :].to(tl.int64) * stride_xm + k[:, None], mask=mask, other=0)
 
 
-@triton.jit
+# a kernel serves every batch and every cut of K: these sizes decide nothing that is compiled
+@triton.jit(do_not_specialize=["M", "NUM_BLOCKS", "SPLIT"])
 def w4a8_kernel(
     x,
     x_scale,
+    x_zero_point,
     packed,
     scale,
     group_scale,
+    weight_sum,
     bias,
     out,
     partial,
@@ -126,19 +151,22 @@ def w4a8_kernel(
     stride_xm,
     N_PADDED,
     NUM_BLOCKS,
+    SPLIT,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
     MODE: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
-    SPLIT: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
     EVEN_K: tl.constexpr,
     HAS_BIAS: tl.constexpr,
+    HAS_ZERO_POINT: tl.constexpr,
     ASM: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One tile of ROWS outputs by TOKENS tokens over 1 / SPLIT of the K blocks.
 
-    With SPLIT > 1 every program stores its int32 sums; the last to arrive at a tile adds them in order, which
-    integer addition makes independent of who is last, and resets the arrival counter for the next launch.
+    When the tile is split every program stores its int32 sums; the last to arrive at a tile adds them in order,
+    which integer addition makes independent of who is last, and resets the arrival counter for the next launch.
     """
     tile = tl.program_id(0)
     part = tl.program_id(1)
@@ -146,10 +174,20 @@ def w4a8_kernel(
     row = (tile % num_row_tiles) * ROWS + tl.arange(0, ROWS)
     token = (tile // num_row_tiles) * TOKENS + tl.arange(0, TOKENS)
     column = tl.arange(0, 128)
-    row_bytes = NUM_BLOCKS * (256 if MODE == BYTE else 128)
-    weight = packed + row[:, None].to(tl.int64) * row_bytes + column[None, :]
+    chunks = NUM_BLOCKS * (2 if MODE == BYTE else 1)
+    row_start = packed + (row // 128).to(tl.int64) * chunks * 16384 + row % 128 * 128
+    weight = row_start[:, None] + column[None, :]
     first = part * NUM_BLOCKS // SPLIT
     last = (part + 1) * NUM_BLOCKS // SPLIT
+
+    if OVERLAP != NONE:
+        # the weight does not depend on the kernel before this one: bring its first blocks to L2 while that drains
+        if OVERLAP == EARLY:
+            gdc_launch_dependents()
+        for ahead in tl.static_range(4):
+            block = tl.minimum(first + ahead, last - 1)
+            prefetch(row_start + block * (32768 if MODE == BYTE else 16384))
+        gdc_wait()
 
     acc = tl.zeros((ROWS, TOKENS), dtype=tl.int32)
     for block in range(first, last):
@@ -157,10 +195,10 @@ def w4a8_kernel(
         x_low = load_tokens(x, token, k, M, K, stride_xm, EVEN_K)
         x_high = load_tokens(x, token, k + 128, M, K, stride_xm, EVEN_K)
         if MODE == BYTE:
-            acc = tl.dot(tl.load(weight + block * 256), x_low, acc, out_dtype=tl.int32)
-            acc = tl.dot(tl.load(weight + block * 256 + 128), x_high, acc, out_dtype=tl.int32)
+            acc = tl.dot(tl.load(weight + block * 32768), x_low, acc, out_dtype=tl.int32)
+            acc = tl.dot(tl.load(weight + block * 32768 + 16384), x_high, acc, out_dtype=tl.int32)
         else:
-            codes = tl.load(weight + block * 128)
+            codes = tl.load(weight + block * 16384)
             low_scale, high_scale = 0, 0
             if MODE != CHANNEL:
                 low_scale = load_group_scale(group_scale, block * 256, row, column, N_PADDED, GROUP_SIZE, MODE)
@@ -170,9 +208,11 @@ def w4a8_kernel(
             acc = tl.dot(unpack(codes, low_scale, False, MODE, ASM), x_low, acc, out_dtype=tl.int32)
             acc = tl.dot(unpack(codes, high_scale, True, MODE, ASM), x_high, acc, out_dtype=tl.int32)
 
+    if OVERLAP == LATE:
+        gdc_launch_dependents()
     offset = tl.arange(0, ROWS)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
     is_last = True
-    if SPLIT > 1:
+    if IS_SPLIT:
         slabs = partial + tile.to(tl.int64) * (SPLIT * ROWS * TOKENS)
         tl.store(slabs + part * (ROWS * TOKENS) + offset, acc)
         tl.debug_barrier()
@@ -185,6 +225,9 @@ def w4a8_kernel(
     if is_last:
         row_scale = tl.load(scale + row)
         token_scale = tl.load(x_scale + token, mask=token < M, other=0.0)
+        if HAS_ZERO_POINT:
+            zero = tl.load(x_zero_point + token, mask=token < M, other=0).to(tl.int32)
+            acc -= tl.load(weight_sum + row)[:, None] * zero[None, :]
         result = acc.to(tl.float32) * row_scale[:, None] * token_scale[None, :]
         if HAS_BIAS:
             result = result + tl.load(bias + row, mask=row < N, other=0.0).to(tl.float32)[:, None]
@@ -206,16 +249,19 @@ def launch(
     mode: str,
     group_size: int | None,
     tile: Tile,
+    x_zero_point: Tensor | None = None,
+    weight_sum: Tensor | None = None,
     interpret: bool = False,
 ) -> None:
     """Fill `out` [M, N]; `packed`, `scale` and `group_scale` are padded as `planes` describes.
 
-    `arrivals` is an int32 counter per tile, zero before and after. `interpret` replaces the inline assembly by
-    arithmetic that Triton's interpreter knows.
+    `arrivals` is an int32 counter per tile, zero before and after. Where the tile overlaps kernels, no kernel
+    still in flight may write the weight. `x_zero_point` comes with `weight_sum`. `interpret` replaces the inline
+    assembly by arithmetic that Triton's interpreter knows.
     """
     num_tokens, in_features = x_codes.shape
     out_features = out.shape[1]
-    num_blocks = packed.shape[1] // (256 if mode == "byte" else 128)
+    num_blocks = packed.shape[1] // (2 if mode == "byte" else 1)
     num_tiles = triton.cdiv(out_features, tile.rows) * triton.cdiv(num_tokens, tile.tokens)
     partial = out
     if tile.split > 1:
@@ -224,9 +270,11 @@ def launch(
     w4a8_kernel[(num_tiles, tile.split)](
         x_codes,
         x_scale,
+        x_scale if x_zero_point is None else x_zero_point,
         packed,
         scale,
         scale if group_scale is None else group_scale,
+        scale if weight_sum is None else weight_sum,
         scale if bias is None else bias,
         out,
         partial,
@@ -235,18 +283,22 @@ def launch(
         out_features,
         in_features,
         x_codes.stride(0),
-        packed.shape[0],
+        packed.shape[0] * 128,
         num_blocks,
+        tile.split,
         ROWS=tile.rows,
         TOKENS=tile.tokens,
         MODE=MODES[mode],
         GROUP_SIZE=group_size or 128,
-        SPLIT=tile.split,
+        IS_SPLIT=tile.split > 1,
         EVEN_K=in_features % 256 == 0,
         HAS_BIAS=bias is not None,
+        HAS_ZERO_POINT=x_zero_point is not None,
         ASM=not interpret,
+        OVERLAP=OVERLAPS[tile.overlap],
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        launch_pdl=tile.overlap != "none",
         # the float32 steps of the epilogue must round one by one, as in the reference
         enable_fp_fusion=False,
     )

@@ -100,7 +100,7 @@ def test_refusals_have_reasons():
     ("bits", "group_size"), [(4, None), (4, 128), (4, 32), (3, 64), (2, 128), (8, 128), (6, None)]
 )
 @pytest.mark.parametrize("unsigned", [False, True])
-@pytest.mark.parametrize("num_tokens", [0, 1, 17, 65, 200])
+@pytest.mark.parametrize("num_tokens", [0, 1, 65])
 def test_gpu_kernel(dtype, bits, group_size, unsigned, num_tokens):
     out_features, in_features = 391, 1300
     low = 0 if unsigned else -(2 ** (bits - 1))

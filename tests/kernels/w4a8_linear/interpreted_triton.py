@@ -32,13 +32,14 @@ def main() -> None:
     """Print a line for each case; exit with an error at the first that differs."""
     for weight, split in zip(WEIGHTS, itertools.cycle((1, 2)), strict=False):
         num_tokens, out_features, in_features = 17, 65, 600
-        made = make_layer(out_features, in_features, **weight)
+        made = make_layer(out_features, in_features, activation_zero_point=split == 2, **weight)
         x_codes, x_scale = make_inputs(2 * num_tokens, in_features)
         x_codes, x_scale = x_codes[::2], x_scale[::2].contiguous()
+        x_zero_point = torch.arange(-8, 9, dtype=torch.int8) * 15 if split == 2 else None
         bias = torch.randn(out_features, dtype=torch.float16)
         plan = w4a8_linear.plan(made.problem, force="reference")
         operand = plan.prepare(made.codes, made.scale, made.group_scale)
-        expected = plan.linear(x_codes, x_scale, operand, bias, torch.float32)
+        expected = plan.linear(x_codes, x_scale, operand, bias, torch.float32, x_zero_point)
         tensors = prepare_planes(made.problem, made.codes, made.scale, made.group_scale)
         out = torch.full((num_tokens, out_features), torch.nan)
         launch(
@@ -53,6 +54,8 @@ def main() -> None:
             mode=mode_of(made.problem),
             group_size=made.problem.group_size,
             tile=Tile(rows=64, tokens=16, split=split, num_warps=4, num_stages=2),
+            x_zero_point=x_zero_point,
+            weight_sum=tensors.get("weight_sum"),
             interpret=True,
         )
         assert torch.equal(out, expected), f"{weight} split={split}: outputs differ from the reference"

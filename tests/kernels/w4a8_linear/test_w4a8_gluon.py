@@ -25,7 +25,7 @@ def compile_tile(mode, num_tokens):
     group_type, group_bits = GROUP_SCALE.get(mode, ("i8", 8))
     signature = {
         "x_desc": f"tensordesc<i8[{tile.tokens}, 128],{LAYOUT.format(128, 8)}>",
-        "w_desc": f"tensordesc<i8[{tile.rows}, 128],{LAYOUT.format(128, 8)}>",
+        "w_desc": f"tensordesc<i8[128, 128],{LAYOUT.format(128, 8)}>",
         "group_desc": f"tensordesc<{group_type}[1, {tile.rows}],{LAYOUT.format(0, group_bits)}>",
         "out_desc": f"tensordesc<fp16[{tile.tokens}, 64],{LAYOUT.format(128, 16)}>",
         "out": "*fp16",
@@ -48,6 +48,8 @@ def compile_tile(mode, num_tokens):
         "STAGES": tile.stages,
         "HAS_BIAS": False,
         "BULK_STORE": True,
+        "PDL": True,
+        "CONSUMER_REGISTERS": tile.registers,
     }
     divisible = ["out", "scale", "x_scale", "bias", "partial", "arrivals", "num_rows"]
     binary = compile_kernel(
@@ -57,6 +59,8 @@ def compile_tile(mode, num_tokens):
         capability=90,
         divisible=divisible,
         num_warps=4,
+        maxnreg=tile.max_registers,
+        launch_pdl=True,
         enable_fp_fusion=False,
     )
     return tile, binary
@@ -92,8 +96,8 @@ def test_machine_code(mode, num_tokens):
     assert binary.count("IGMMA") == products
     # one wait for each consumer: more would mean that the compiler serialized the register-operand products
     assert binary.count(r"WARPGROUP\.DEPBAR") == 2
-    # weights, activations of two planes, group scales of two planes
-    assert binary.count("UTMALDG") == (3 if mode == "channel" else 5)
+    # weights early and in the loop, activations of two planes, group scales of two planes
+    assert binary.count("UTMALDG") == 2 * tile.rows // 128 + (2 if mode == "channel" else 4)
     assert binary.count("UTMASTG") == 2 * tile.blocks
     assert binary.count("STSM") > 0
     assert binary.count("PRMT") <= (500 if mode == "half" else 16)
@@ -131,5 +135,6 @@ def test_refusals_have_reasons(layer):
     assert w4a8_linear.plan(group).implementation(5000) == "triton"
     assert set(plan.schedule.layouts()) == {"planes"}
     half = dataclasses.replace(base, group_size=128)
-    assert w4a8_linear.plan(half).implementation(5000) == "triton"
-    assert w4a8_linear.plan(half, force="gluon").implementation(5000) == "gluon"
+    assert [w4a8_linear.plan(half).implementation(m) for m in (1, 64, 5000)] == ["gluon"] * 3
+    zero = dataclasses.replace(base, activation_zero_point=True)
+    assert w4a8_linear.plan(zero).implementation(5000) == "triton"

@@ -116,6 +116,6 @@ def test_framework_operator_check(layer, inputs, name):
     plan = w4a8_linear.plan(made.problem, force=name)
     operand = plan.prepare(made.codes, made.scale, made.group_scale).layout(plan.schedule.chosen[0].layout)
     x_codes, x_scale = inputs(3, 40)
-    arguments = (x_codes, x_scale, list(operand.values()), ",".join(operand), torch.randn(6), torch.float16)
+    arguments = (x_codes, x_scale, None, list(operand.values()), ",".join(operand), torch.randn(6), torch.float16)
     results = torch.library.opcheck(torch.ops.quattuor.w4a8_linear, (*arguments, name, 6, 4, 8, False))
     assert set(results.values()) == {"SUCCESS"}

@@ -19,11 +19,12 @@ from quattuor.kernels.w4a8_linear.planes import (
     BLOCK_K,
     PLANE_K,
     ROW_TILE,
+    TILE_ROWS,
     pack_planes,
     unpack_planes,
 )
 from quattuor.kernels.w4a8_linear.triton import choose_tile
-from quattuor.kernels.w4a8_linear.triton_kernel import MODES, w4a8_kernel
+from quattuor.kernels.w4a8_linear.triton_kernel import MODES, OVERLAPS, w4a8_kernel
 
 GROUP_SCALE_TYPE = {"integer": "*i8", "half": "*fp16"}
 SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024}
@@ -53,32 +54,37 @@ def test_machine_code(capability, mode, num_tokens):
     signature = {
         "x": "*i8",
         "x_scale": "*fp32",
+        "x_zero_point": "*i8",
         "packed": "*i8",
         "scale": "*fp32",
         "group_scale": GROUP_SCALE_TYPE.get(mode, "*fp32"),
+        "weight_sum": "*i32",
         "bias": "*fp16",
         "out": "*fp16",
         "partial": "*i32",
         "arrivals": "*i32",
-    } | dict.fromkeys(("M", "N", "K", "stride_xm", "N_PADDED", "NUM_BLOCKS"), "i32")
+    } | dict.fromkeys(("M", "N", "K", "stride_xm", "N_PADDED", "NUM_BLOCKS", "SPLIT"), "i32")
     constants = {
         "ROWS": tile.rows,
         "TOKENS": tile.tokens,
         "MODE": MODES[mode].value,
         "GROUP_SIZE": 128,
-        "SPLIT": tile.split,
+        "IS_SPLIT": tile.split > 1,
         "EVEN_K": True,
         "HAS_BIAS": True,
+        "HAS_ZERO_POINT": False,
         "ASM": True,
+        "OVERLAP": OVERLAPS["late" if capability == 90 else "none"].value,
     }
     binary = compile_kernel(
         w4a8_kernel,
         signature,
         constants,
         capability=capability,
-        divisible=[name for name in signature if name not in ("M", "NUM_BLOCKS")],
+        divisible=[name for name in signature if name not in ("M", "NUM_BLOCKS", "SPLIT")],
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        launch_pdl=capability == 90,
         enable_fp_fusion=False,
     )
     assert binary.stack_bytes == 0
@@ -98,13 +104,14 @@ def test_machine_code(capability, mode, num_tokens):
 def test_planes_hold_every_code_where_the_layout_says():
     codes = torch.randint(-8, 8, (5, 700), dtype=torch.int8)
     packed = pack_planes(codes)
-    assert packed.shape == (ROW_TILE, 3 * PLANE_K)
+    assert packed.shape == (ROW_TILE // TILE_ROWS, 3, TILE_ROWS, PLANE_K)
     assert torch.equal(unpack_planes(packed, 5, 700), codes)
     for n, k in ((0, 0), (1, 127), (2, 128), (3, 255), (4, 256), (4, 699)):
-        byte = int(packed[n, PLANE_K * (k // BLOCK_K) + k % PLANE_K]) & 0xFF
+        byte = int(packed[0, k // BLOCK_K, n, k % PLANE_K]) & 0xFF
         nibble = byte >> 4 if k % BLOCK_K >= PLANE_K else byte & 15
         assert nibble == int(codes[n, k]) & 15
-    assert not packed[5:].any()
+    assert not packed[0, :, 5:].any()
+    assert not packed[1:].any()
 
 
 @pytest.mark.parametrize("num_tokens", [1, 16, 17, 33, 64, 65, 1000])

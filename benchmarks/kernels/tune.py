@@ -1,0 +1,243 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Find the fastest tile of the W4A8 kernels for the shapes in `benchmarks/shapes.py`, and write what was found.
+
+    python -m benchmarks.kernels.tune [--processes P] [--seconds S] [--json FILE]
+
+Every candidate is compared with the reference before it is timed; one that is wrong or refused by the compiler
+stops the run. Timing is that of `benchmarks.kernels.timing`. For each range of token counts that dispatch knows,
+one implementation is chosen; within it each token count has its own tile.
+"""
+
+import argparse
+import itertools
+import json
+import math
+import multiprocessing
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from benchmarks.kernels.contenders import quantized_rows
+from benchmarks.kernels.timing import Batch, Contender, floor_us, median_latencies, num_copies
+from benchmarks.shapes import LINEAR_SHAPES
+from quattuor.kernels import w4a8_linear
+from quattuor.kernels.dispatch import TOKEN_RANGES, LinearProblem, describe_device
+from quattuor.kernels.token_quantize import token_quantize
+from quattuor.kernels.w4a8_linear import gluon_kernel, measured, triton_kernel
+from quattuor.kernels.w4a8_linear.planes import BLOCK_K, HopperTile, Tile, mode_of, prepare_planes
+
+__all__ = ["candidates", "choose", "main"]
+
+#: The token count that is timed, by the largest that it stands for.
+TIMED = {8: 1, 16: 16, 32: 32, 64: 64, 128: 128, 256: 256, 512: 512, 1024: 1024, 8192: 4096}
+GROUPS = {"channel": None, "integer": 128}
+PROCESSORS = 132
+
+
+def split_of(shape: tuple[int, int], num_tokens: int, rows: int, tokens: int, per_processor: int) -> int:
+    """Return into how many parts K is cut so that each multiprocessor gets so many programs."""
+    tiles = -(-shape[0] // rows) * -(-num_tokens // tokens)
+    return max(1, min(PROCESSORS * per_processor // tiles, -(-shape[1] // BLOCK_K) // 4))
+
+
+def candidates(shape: tuple[int, int], max_tokens: int, mode: str) -> list[Tile | HopperTile]:
+    """Return the tiles worth timing."""
+
+    def triton(rows, tokens, num_warps, stages, per_processors, overlaps):
+        for num_stages, per_processor, overlap in itertools.product(stages, per_processors, overlaps):
+            yield Tile(
+                rows=rows,
+                tokens=tokens,
+                split=split_of(shape, max_tokens, rows, tokens, per_processor),
+                num_warps=num_warps,
+                num_stages=num_stages,
+                overlap=overlap,
+            )
+
+    narrow = {"blocks": 1, "tokens": min(128, max_tokens)}
+    found: list[Tile | HopperTile] = []
+    every, two = ("none", "early", "late"), ("none", "late")
+    channel = mode == "channel"
+    if max_tokens <= 16:
+        found += [HopperTile(**narrow, stages=9 if max_tokens == 16 else 10)]
+        found += [HopperTile(**narrow, stages=5, registers=96, max_registers=80, per_processor=2)]
+        found += triton(64, 16, 4, (3, 4, 6) if channel else (4,), (2, 3), every if channel else two)
+    elif max_tokens == 32:
+        found += [HopperTile(**narrow, stages=8)]
+        found += [HopperTile(**narrow, stages=4, registers=96, max_registers=80, per_processor=2)]
+        found += triton(64, 32, 4, (3, 4, 5) if channel else (4,), (2, 3), two)
+    elif max_tokens == 64:
+        found += [HopperTile(**narrow, stages=6)]
+        found += triton(64, 64, 4, (4, 5) if channel else (4,), (2,), every)
+        found += triton(128, 64, 8, (3,), (1, 2), every if channel else ("late",))
+    elif max_tokens == 128:
+        found += [HopperTile(**narrow, stages=4), HopperTile(blocks=1, tokens=64, stages=6)]
+        if channel:
+            found += triton(64, 64, 4, (4,), (3,), two)
+            found += triton(64, 128, 4, (3,), (2,), two)
+            found += triton(128, 64, 8, (3,), (2,), two)
+    else:
+        found += [HopperTile(**narrow, stages=4), HopperTile(blocks=2, tokens=128, stages=3)]
+    return list(dict.fromkeys(found))
+
+
+def name_of(tile: Tile | HopperTile) -> str:
+    """Return the implementation that a tile belongs to."""
+    return "triton" if isinstance(tile, Tile) else "gluon"
+
+
+def problem_of(shape: tuple[int, int], mode: str) -> LinearProblem:
+    """Describe a layer of a mode on this device."""
+    return LinearProblem(
+        out_features=shape[0],
+        in_features=shape[1],
+        group_size=GROUPS[mode],
+        integer_group_scale=mode == "integer",
+        **describe_device("cuda"),
+    )
+
+
+def launch(problem: LinearProblem, tile: Tile | HopperTile, batch: Batch, tensors: dict) -> torch.Tensor:
+    """Compute the layer with a tile."""
+    out = torch.empty(batch.x.shape[0], problem.out_features, dtype=torch.float16, device="cuda")
+    arguments = (batch.x_codes, batch.x_scale, tensors["packed"], tensors["scale"], tensors.get("group_scale"))
+    shared = {"mode": mode_of(problem), "group_size": problem.group_size, "tile": tile}
+    if isinstance(tile, Tile):
+        triton_kernel.launch(*arguments, tensors["arrivals"], None, out, **shared)
+    else:
+        num_blocks = -(-problem.in_features // BLOCK_K)
+        programs = PROCESSORS * tile.per_processor
+        gluon_kernel.launch(
+            *arguments, tensors["arrivals"], None, out, **shared, num_blocks=num_blocks, programs=programs
+        )
+    return out
+
+
+def make_batch(num_tokens: int, in_features: int) -> Batch:
+    """Gaussian activations."""
+    x = torch.randn(num_tokens, in_features, dtype=torch.float16, device="cuda")
+    x_codes, x_scale = token_quantize(x)
+    return Batch(x=x, x_codes=x_codes, x_scale=x_scale, x_narrow=x)
+
+
+def time_shape(
+    shape: tuple[int, int], mode: str, deadline: float
+) -> list[tuple[int, str, float, Tile | HopperTile]]:
+    """Return (largest token count, implementation, latency in us, tile) of every candidate."""
+    problem = problem_of(shape, mode)
+    weight = torch.randn(shape, dtype=torch.float16, device="cuda")
+    codes, scale, group_scale = quantized_rows(weight, problem.group_size)
+    total = num_copies(codes.numel() // 2)
+    layers = [prepare_planes(problem, codes, scale, group_scale)]
+    for _ in range(total - 1):
+        layers.append(layers[0] | {"packed": torch.randint_like(layers[0]["packed"], -128, 128)})
+    exact = w4a8_linear.plan(problem, force="reference")
+    operand = exact.prepare(codes, scale, group_scale)
+    found = []
+    for max_tokens, num_tokens in TIMED.items():
+        if time.monotonic() > deadline:
+            break
+        batch = make_batch(num_tokens, shape[1])
+        rows = torch.arange(0, num_tokens, max(1, num_tokens // 8), device="cuda")
+        expected = exact.linear(batch.x_codes[rows], batch.x_scale[rows], operand)
+        tiles = candidates(shape, max_tokens, mode)
+        for tile in tiles:
+            if not torch.equal(launch(problem, tile, batch, layers[0])[rows], expected):
+                raise RuntimeError(f"{shape} {mode} {num_tokens} tokens: {tile} differs from the reference")
+        contenders = [
+            Contender(
+                name=name_of(tile),
+                granularity=mode,
+                includes_activation_quantization=False,
+                copies=total,
+                run=lambda batch, i, tile=tile: launch(problem, tile, batch, layers[i % total]),
+            )
+            for tile in tiles
+        ]
+        latencies = median_latencies(contenders, batch, floor_us(num_tokens, *shape))
+        found += [(max_tokens, name_of(tile), us, tile) for tile, us in zip(tiles, latencies, strict=True)]
+        best = min(zip(latencies, tiles, strict=True), key=lambda item: item[0])
+        print(f"{shape[0]}x{shape[1]} {mode} {num_tokens}: {best[0]:.2f} us {best[1]}", flush=True)
+    return found
+
+
+def choose(
+    found: list[tuple[int, str, float, Tile | HopperTile]],
+) -> dict[int, tuple[str, float, Tile | HopperTile]]:
+    """Return the best tile by largest token count, of one implementation within each range of dispatch."""
+    chosen: dict[int, tuple[str, float, Tile | HopperTile]] = {}
+    for tokens in TOKEN_RANGES:
+        counts = sorted({count for count, *_ in found if count in tokens})
+        best: dict[str, dict[int, tuple[str, float, Tile | HopperTile]]] = {}
+        for count, name, us, tile in found:
+            known = best.setdefault(name, {}).get(count) if count in counts else None
+            if count in counts and (known is None or us < known[1]):
+                best[name][count] = (name, us, tile)
+        whole = [item for item in best.values() if counts and len(item) == len(counts)]
+        if whole:
+            chosen |= min(whole, key=lambda item: math.prod(us for _, us, _ in item.values()))
+    return chosen
+
+
+def compile_one(job: tuple[tuple[int, int], int, str, int]) -> None:
+    """Run one candidate, so that its kernel lies in the cache on disk."""
+    shape, max_tokens, mode, index = job
+    problem = problem_of(shape, mode)
+    weight = torch.randn(shape, dtype=torch.float16, device="cuda")
+    tensors = prepare_planes(problem, *quantized_rows(weight, problem.group_size))
+    tile = candidates(shape, max_tokens, mode)[index]
+    launch(problem, tile, make_batch(TIMED[max_tokens], shape[1]), tensors)
+    torch.cuda.synchronize()
+
+
+def compile_jobs(shapes: list[tuple[int, int]]) -> list[tuple[tuple[int, int], int, str, int]]:
+    """Return one job for each kernel that will be compiled."""
+    jobs: dict[tuple, tuple] = {}
+    for shape, mode, max_tokens in itertools.product(shapes, GROUPS, TIMED):
+        for index, tile in enumerate(candidates(shape, max_tokens, mode)):
+            fields = asdict(tile)
+            is_split = fields.pop("split", 1) > 1
+            key = (mode, name_of(tile), is_split, *fields.values())
+            jobs.setdefault(key, (shape, max_tokens, mode, index))
+    return list(jobs.values())
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Time every shape and write the choices."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--processes", type=int, default=0, help="compile beforehand with this many")
+    parser.add_argument("--seconds", type=float, default=300.0, help="start no token count after this time")
+    parser.add_argument(
+        "--compile-only", action="store_true", help="fill the cache of compiled kernels, time nothing"
+    )
+    parser.add_argument("--json", type=Path, default=measured.FILE, help="where the choices go")
+    options = parser.parse_args(arguments)
+    shapes = list(LINEAR_SHAPES.values())
+    if options.processes:
+        jobs = compile_jobs(sorted(shapes))
+        with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
+            pool.map(compile_one, jobs, chunksize=1)
+        print(f"compiled {len(jobs)} kernels", file=sys.stderr)
+    if options.compile_only:
+        return
+    deadline = time.monotonic() + options.seconds
+    rows = []
+    for shape, mode in itertools.product(shapes, GROUPS):
+        for max_tokens, (name, us, tile) in sorted(choose(time_shape(shape, mode, deadline)).items()):
+            row = {"n": shape[0], "k": shape[1], "mode": mode, "max_tokens": max_tokens}
+            rows.append(row | {"implementation": name, "latency_us": round(us, 2), "tile": asdict(tile)})
+        torch.cuda.empty_cache()
+        properties = torch.cuda.get_device_properties(0)
+        content = {
+            "measured_on": properties.name,
+            "compute_capability": [properties.major, properties.minor],
+            "choices": rows,
+        }
+        options.json.write_text(json.dumps(content, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

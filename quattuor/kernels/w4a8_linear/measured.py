@@ -1,0 +1,52 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Choices that were measured: for the layers in measured.json, the fastest implementation and tile.
+
+`python -m benchmarks.kernels.tune` writes the file. Layers that are not in it follow the rules of the
+implementations.
+"""
+
+import functools
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from quattuor.kernels.dispatch import LinearProblem
+from quattuor.kernels.w4a8_linear.planes import HopperTile, Tile, mode_of
+
+__all__ = ["FILE", "Choice", "find"]
+
+FILE = Path(__file__).with_name("measured.json")
+TILES = {"triton": Tile, "gluon": HopperTile}
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """The implementation and the tile that were fastest."""
+
+    implementation: str
+    tile: Tile | HopperTile
+
+
+@functools.cache
+def table() -> dict[tuple[tuple[int, int], int, int, str], list[tuple[int, Choice]]]:
+    """Return choices by compute capability, N, K and mode: (largest token count, choice), ascending."""
+    found: dict[tuple[tuple[int, int], int, int, str], list[tuple[int, Choice]]] = {}
+    content = json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else {"choices": []}
+    for row in content["choices"]:
+        key = (tuple(content["compute_capability"]), row["n"], row["k"], row["mode"])
+        tile = TILES[row["implementation"]](**row["tile"])
+        found.setdefault(key, []).append((row["max_tokens"], Choice(row["implementation"], tile)))
+    return {key: sorted(choices, key=lambda item: item[0]) for key, choices in found.items()}
+
+
+@functools.lru_cache(maxsize=4096)
+def find(problem: LinearProblem, num_tokens: int | None) -> Choice | None:
+    """Return the measured choice for a layer and a token count (None for the largest), or None without one."""
+    if problem.compute_capability is None or problem.activation_zero_point:
+        return None
+    key = (problem.compute_capability, problem.out_features, problem.in_features, mode_of(problem))
+    choices = table().get(key, [])
+    for max_tokens, choice in choices:
+        if num_tokens is not None and num_tokens <= max_tokens:
+            return choice
+    return choices[-1][1] if choices else None
