@@ -2,7 +2,7 @@
 """Places a recipe's parts in a model; the only file that swaps modules."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -19,7 +19,7 @@ from quattuor.solvers import Solution, WeightQuantizer
 from quattuor.transforms import FoldNorms, RotateHeads, RotateResidual
 from quattuor.transforms.base import SiteTransform
 
-__all__ = ["LinearChoice", "check", "choose", "linear_names", "place_"]
+__all__ = ["LinearChoice", "check", "choose", "linear_names", "place_", "planned"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -50,6 +50,24 @@ def linear_names(description: DecoderDescription, sites: tuple[Site, ...], num_b
                 yield f"{description.blocks}.{index}.{path}"
 
 
+def planned(recipe: Recipe, description: DecoderDescription, model: nn.Module, config: dict[str, Any]) -> Recipe:
+    """Return the recipe with the budgets of outliers shared out among the linears that each applies to."""
+    blocks = list(model.get_submodule(description.blocks).children())
+    shapes: dict[WeightQuantizer, list[tuple[int, int]]] = {}
+    for name in linear_names(description, description.sites(description.activation(config)), len(blocks)):
+        choice, linear = choose(recipe, name), linear_at(model, name)
+        if choice is not None and choice.weights.outliers is not None:
+            shapes.setdefault(choice.weights, []).append((linear.out_features, linear.in_features))
+
+    def plan(weights: WeightQuantizer | None) -> WeightQuantizer | None:
+        if weights is None or weights.outliers is None or weights not in shapes:
+            return weights
+        return replace(weights, outliers=weights.outliers.planned(shapes[weights], weights.number_format.bits))
+
+    rules = tuple(replace(rule, weights=plan(rule.weights)) for rule in recipe.rules)
+    return replace(recipe, weights=plan(recipe.weights), rules=rules)
+
+
 def check(recipe: Recipe, description: DecoderDescription, model: nn.Module, config: dict[str, Any]) -> None:
     """Raise before any work when the recipe does not fit the model.
 
@@ -71,6 +89,7 @@ def check(recipe: Recipe, description: DecoderDescription, model: nn.Module, con
             raise InputError(f"{name}: {error}") from error
     _check_execution(recipe, names)
     _check_solvers(recipe, names)
+    _check_gradients(recipe, names)
     for transform in recipe.transforms:
         if isinstance(transform, SiteTransform):
             _check_sites(transform, sites, description)
@@ -128,6 +147,25 @@ def _check_solvers(recipe: Recipe, names: list[str]) -> None:
                     constraint="would correct the same drift again at every site of a block",
                     place=f"Recipe, {name}",
                     remedy="set sequential=True, or leave TargetCorrection out",
+                )
+            )
+
+
+def _check_gradients(recipe: Recipe, names: list[str]) -> None:
+    """Refuse gradients of weights that are changed before they are solved."""
+    for name in names:
+        choice = choose(recipe, name)
+        if choice is None or "fisher" not in choice.weights.needs:
+            continue
+        changes = [*recipe.transforms, *([] if choice.weights.transform is None else [choice.weights.transform])]
+        if changes:
+            raise UnsupportedError(
+                compose(
+                    subject="transform",
+                    value=changes[0],
+                    constraint="changes the weights whose squared gradients are collected before",
+                    place=f"Recipe, {name}",
+                    remedy="leave the transforms out, or weight by the Hessian instead of the Fisher information",
                 )
             )
 

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from quattuor.activations import ActivationQuantizer
-from quattuor.apply import LinearChoice, check, choose, linear_names, place_
+from quattuor.apply import LinearChoice, check, choose, linear_names, place_, planned
 from quattuor.calibration.blockwise import BlockRunner, Hidden, capture_inputs
+from quattuor.calibration.fisher import collect_fisher
 from quattuor.checkpoints.native import CheckpointWriter
 from quattuor.checkpoints.source import ModelSource
 from quattuor.checkpoints.streaming import StreamingStore
@@ -135,6 +136,7 @@ def quantize(
     progress, store = progress or Silent(), store or InMemory()
     run = _prepare(model, recipe, tokens, device, seed, kernel)
     report, blocks = run.report, list(model.get_submodule(run.description.blocks).children())
+    _collect_gradients(run, tokens)
     with report.phase("ends"):
         rotations = _transform_ends_(run, store)
     with report.phase("embed"):
@@ -180,7 +182,8 @@ def quantize_to_folder(
 ) -> QuantizationReport:
     """Quantize a stored model into a new checkpoint, reading and writing one block at a time.
 
-    The folder appears when everything is written, or not at all.
+    The folder appears when everything is written, or not at all. A recipe that needs gradients of the whole model
+    has the whole model in memory.
 
     Args:
         source: The model to read.
@@ -192,7 +195,7 @@ def quantize_to_folder(
     Raises:
         CheckpointError: The source is damaged, the output exists, or the disk is full.
     """
-    model = source.skeleton()
+    model = source.whole() if "fisher" in recipe.needs else source.skeleton()
     with CheckpointWriter(output, overwrite=overwrite, max_shard_bytes=max_shard_bytes) as writer:
         store = StreamingStore(source, writer, model)
         report = quantize(
@@ -209,27 +212,43 @@ def _embed(
     """Return what the first block receives; nothing when the recipe uses no data."""
     if not _uses_data(run):
         return [], BlockRunner(run.description, [])
-    if tokens is None or tokens.numel() == 0:
-        raise CalibrationError(
-            compose(
-                subject="tokens",
-                value=None if tokens is None else tuple(tokens.shape),
-                constraint="hold no calibration sequence",
-                place="quantize",
-                remedy="pass at least one sequence of token ids",
-            )
-        )
+    tokens = _require_tokens(tokens)
     device = embedding_of(run.model).weight.device
     return capture_inputs(
         run.model, run.description, tokens, batch_size=batch_size, device=device, storage=storage
     )
 
 
+def _require_tokens(tokens: Int64[Tensor, "B T"] | None) -> Int64[Tensor, "B T"]:
+    """Return the calibration sequences. Raises CalibrationError when there are none."""
+    if tokens is not None and tokens.numel():
+        return tokens
+    raise CalibrationError(
+        compose(
+            subject="tokens",
+            value=None if tokens is None else tuple(tokens.shape),
+            constraint="hold no calibration sequence",
+            place="quantize",
+            remedy="pass at least one sequence of token ids",
+        )
+    )
+
+
+def _collect_gradients(run: _Run, tokens: Int64[Tensor, "B T"] | None) -> None:
+    """Collect the squared gradients of every linear that some part needs them for, before anything is changed."""
+    names = list(linear_names(run.description, run.sites, run.report.blocks))
+    choices = {name: choose(run.recipe, name) for name in names}
+    needed = [name for name, choice in choices.items() if choice is not None and "fisher" in choice.weights.needs]
+    if needed:
+        with run.report.phase("gradients"):
+            run.model_statistics["fisher"] = collect_fisher(run.model, needed, _require_tokens(tokens))
+
+
 def _uses_data(run: _Run) -> bool:
     """Whether any part looks at activations; if not, no forward pass is run."""
     if any(isinstance(transform, SiteTransform) for transform in run.recipe.transforms):
         return True
-    return any(choice.weights.needs for choice in _choices(run))
+    return any(choice.weights.needs.difference(run.model_statistics) for choice in _choices(run))
 
 
 def _choices(run: _Run) -> list[LinearChoice]:
@@ -253,6 +272,7 @@ def _prepare(
     activation = description.activation(config)
     recipe = replace(recipe, rules=resolve_roles(recipe.rules, description))
     check(recipe, description, model, config)
+    recipe = planned(recipe, description, model, config)
     target = torch.device(device) if device is not None else embedding_of(model).weight.device
     return _Run(
         model=model,
@@ -417,7 +437,7 @@ def _solve_site_(run: _Run, block: nn.Module, index: int, site: Site, statistics
             WeightToQuantize(
                 name=f"{prefix}.{path}",
                 weight=linear_at(block, path).weight.float(),
-                statistics={key: of_all[f"{prefix}.{path}"] for key, of_all in run.model_statistics.items()},
+                statistics=_own_statistics(run, f"{prefix}.{path}"),
             )
             for path in paths
         ]
@@ -432,6 +452,12 @@ def _solve_site_(run: _Run, block: nn.Module, index: int, site: Site, statistics
             if run.kernel is not None:
                 module.use_kernel(run.kernel)
             run.report.layers.append(_describe_layer(name, module.layout, solution, seconds))
+
+
+def _own_statistics(run: _Run, name: str) -> dict[str, Tensor]:
+    """Return what was collected for the weight of one linear alone."""
+    found = {key: of_all.get(name) for key, of_all in run.model_statistics.items()}
+    return {key: value.to(run.device) for key, value in found.items() if value is not None}
 
 
 def embedding_of(model: PreTrainedModel) -> nn.Embedding:

@@ -9,12 +9,43 @@ from typing import Any, Literal, Union, cast, get_args, get_origin, get_type_hin
 
 from quattuor.activations import ActivationQuantizer, DynamicQuantizer
 from quattuor.errors import InputError, compose
-from quattuor.formats import Integer, TwoLevelInteger
+from quattuor.formats import (
+    BilevelInteger,
+    BinaryCoding,
+    Codebook,
+    Integer,
+    MidRise,
+    TwoLevelInteger,
+)
 from quattuor.granularity import PerChannel, PerGroup, PerTensor, PerToken
+from quattuor.outliers import (
+    ErrorThreshold,
+    SensitiveAndLarge,
+    WeakColumns,
+)
 from quattuor.rules import Rule
-from quattuor.scales import AbsMax, ClipSearch, TwoLevel
-from quattuor.solvers import GPTQ, CoordinateDescent, Nearest, TargetCorrection, WeightQuantizer
-from quattuor.transforms import TRANSFORMS
+from quattuor.scales import (
+    AbsMax,
+    Alternating,
+    Bilevel,
+    ClipSearch,
+    MinMax,
+    OutputClip,
+    RootMeanSquare,
+    TwoLevel,
+    UniformPlanes,
+    WeightedKMeans,
+    WindowSearch,
+)
+from quattuor.solvers import (
+    GPTQ,
+    OBQ,
+    CoordinateDescent,
+    Nearest,
+    TargetCorrection,
+    WeightQuantizer,
+)
+from quattuor.transforms import TRANSFORMS, Incoherence
 from quattuor.transforms.base import Transform
 
 __all__ = ["PARTS", "InputPolicy", "Recipe", "part_from_dict", "part_to_dict"]
@@ -23,13 +54,17 @@ InputPolicy = Literal["original", "quantized", "rounded"]
 INPUT_POLICIES = ("original", "quantized", "rounded")
 
 _PART_TYPES: tuple[type, ...] = (
-    *(Integer, TwoLevelInteger),
+    *(BinaryCoding, Codebook, Integer, MidRise, TwoLevelInteger),
     *(PerTensor, PerChannel, PerGroup, PerToken),
-    *(AbsMax, ClipSearch, TwoLevel),
+    *(AbsMax, ClipSearch, MinMax, OutputClip, RootMeanSquare, TwoLevel),
+    *(Alternating, UniformPlanes, WeightedKMeans),
+    SensitiveAndLarge,
     *(GPTQ, CoordinateDescent, Nearest, TargetCorrection, WeightQuantizer),
+    *(BilevelInteger, Bilevel, WindowSearch, OBQ, ErrorThreshold, WeakColumns),
     DynamicQuantizer,
     Rule,
     *TRANSFORMS,
+    Incoherence,
 )
 PARTS: dict[str, type] = {part.__name__: part for part in _PART_TYPES}
 """Every part that a stored recipe may name."""
@@ -91,6 +126,12 @@ class Recipe:
                     remedy="set weights as well, for example 8-bit ones",
                 )
             )
+
+    @property
+    def needs(self) -> frozenset[str]:
+        """Names of the statistics that the weights of some linear need."""
+        quantizers = (self.weights, *(rule.weights for rule in self.rules))
+        return frozenset[str]().union(*(weights.needs for weights in quantizers if weights is not None))
 
     def __or__(self, other: "Recipe") -> "Recipe":
         """Combine two recipes; an axis that both set to different values is a conflict."""

@@ -4,12 +4,22 @@ entry of `DEFINITIONS`: the value of a code in exact fractions, written from the
 
 from collections.abc import Callable
 from fractions import Fraction
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from quattuor.formats import Format, Integer, Parameters, TwoLevelInteger
+from quattuor.formats import (
+    BilevelInteger,
+    BinaryCoding,
+    Codebook,
+    Format,
+    Integer,
+    MidRise,
+    Parameters,
+    TwoLevelInteger,
+)
 
 
 def scaled(scale: float, dtype: torch.dtype = torch.float32, zero_point: int | None = None) -> Parameters:
@@ -23,6 +33,31 @@ def two_level(group_scale: float, channel_scale: float, dtype: torch.dtype = tor
     return Parameters(
         group_scale=torch.tensor([[group_scale]], dtype=dtype), channel_scale=torch.tensor([[channel_scale]])
     )
+
+
+def table(*entries: float, dtype: torch.dtype = torch.float16) -> Parameters:
+    return Parameters(codebook=torch.tensor([[entries]], dtype=dtype))
+
+
+def planes(*alpha: float, offset: float | None = None, dtype: torch.dtype = torch.float16) -> Parameters:
+    tensors = {"alpha": torch.tensor([[alpha]], dtype=dtype)}
+    if offset is not None:
+        tensors["offset"] = torch.tensor([[offset]], dtype=dtype)
+    return Parameters(**tensors)
+
+
+def bilevel(scale: tuple[int, float, float], zero: tuple[int, float, float]) -> Parameters:
+    """Statistics as codes, step and base."""
+    tensors = {}
+    for name, (code, step, base) in {"scale": scale, "zero": zero}.items():
+        tensors[f"{name}_codes"] = torch.tensor([[code]], dtype=torch.uint8)
+        tensors[f"{name}_step"] = torch.tensor([[step]], dtype=torch.float16)
+        tensors[f"{name}_base"] = torch.tensor([[base]], dtype=torch.float16)
+    return Parameters(**tensors)
+
+
+def real_zero(scale: float, zero_point: float) -> Parameters:
+    return Parameters(scale=torch.tensor([[scale]]).half(), zero_point=torch.tensor([[zero_point]]).half())
 
 
 MEMBERS: list[tuple[Format, Parameters]] = [
@@ -43,6 +78,25 @@ MEMBERS: list[tuple[Format, Parameters]] = [
     (TwoLevelInteger(4), two_level(-3, 0.0021, torch.int8)),
     (TwoLevelInteger(4), two_level(0.37, 0.0021)),
     (TwoLevelInteger(4), two_level(7.3, -0.5)),
+    # few bits in every statistic, so that products are exact in float32
+    *((BilevelInteger(bits), bilevel((5, 0.0625, 0.25), (3, 0.125, -1.5))) for bits in (2, 3, 8)),
+    (BilevelInteger(4), bilevel((0, 1.0, 0.0173), (0, 1.0, 7.0))),
+    (BilevelInteger(3, None, None), real_zero(0.0173, -0.25)),
+    (BilevelInteger(4, None, None), real_zero(3.5, 40.0)),
+    *((MidRise(bits), scaled(0.0173)) for bits in range(2, 9)),
+    (MidRise(2), scaled(-0.3)),
+    (MidRise(3), scaled(0.0173, torch.float16)),
+    (MidRise(4), scaled(0.3, torch.float64)),
+    (Codebook(1), table(-0.3, 0.7)),
+    (Codebook(2), table(-2.5, -0.125, 0.0, 60000.0)),
+    (Codebook(3), table(1.0, 1.001, 1.002, 1.5, 2.0, 3.0, 9.0, 30.0, dtype=torch.float64)),
+    (Codebook(4), table(*(1.4142**step - 3 for step in range(16)), dtype=torch.float32)),
+    (Codebook(8), table(*(step**3 / 4096 for step in range(-128, 128)), dtype=torch.float32)),
+    # few bits in every number, so that sums of planes are exact in float32
+    (BinaryCoding(1), planes(0.75)),
+    (BinaryCoding(3), planes(1.5, 0.25, 0.625, offset=-0.375)),
+    (BinaryCoding(4), planes(0.0625, 0.125, 0.25, 0.5, offset=0.03125)),
+    (BinaryCoding(8), planes(*(2.0**step for step in range(8)), dtype=torch.float64)),
 ]
 
 
@@ -55,15 +109,48 @@ def two_level_value(number_format: TwoLevelInteger, code: int, parameters: dict[
     return min(max(level8, -128), 127) * parameters["channel_scale"]
 
 
+def mid_rise_value(number_format: MidRise, code: int, parameters: dict[str, Any]) -> Fraction:
+    return parameters["scale"] * (code + Fraction(1, 2))
+
+
+def bilevel_value(number_format: BilevelInteger, code: int, parameters: dict[str, Any]) -> Fraction:
+    if number_format.scale_bits is None:
+        return parameters["scale"] * (code - parameters["zero_point"])
+    scale, zero = (
+        parameters[f"{name}_codes"] * parameters[f"{name}_step"] + parameters[f"{name}_base"]
+        for name in ("scale", "zero")
+    )
+    return scale * (code - zero)
+
+
+def codebook_value(number_format: Codebook, code: int, parameters: dict[str, Any]) -> Fraction:
+    return parameters["codebook"][code]
+
+
+def binary_value(number_format: BinaryCoding, code: int, parameters: dict[str, Any]) -> Fraction:
+    signs = [1 if code >> plane & 1 else -1 for plane in range(number_format.bits)]
+    terms = (alpha * sign for alpha, sign in zip(parameters["alpha"], signs, strict=True))
+    return sum(terms, parameters.get("offset", Fraction(0)))
+
+
 DEFINITIONS: dict[type[Format], Callable[..., Fraction]] = {
     Integer: integer_value,
     TwoLevelInteger: two_level_value,
+    MidRise: mid_rise_value,
+    BilevelInteger: bilevel_value,
+    Codebook: codebook_value,
+    BinaryCoding: binary_value,
 }
 
 
 def exact_values(number_format: Format, parameters: Parameters) -> list[Fraction]:
     """Return the exact number of every code, in the order of the codes."""
-    exact = {name: Fraction(tensor.item()) for name, tensor in parameters.items()}
+    exact: dict[str, Any] = {
+        name: Fraction(tensor.item())
+        if tensor.dim() == 2
+        else [Fraction(item) for item in tensor.flatten().tolist()]
+        for name, tensor in parameters.items()
+    }
     lowest, highest = number_format.code_range
     definition = DEFINITIONS[type(number_format)]
     return [definition(number_format, code, exact) for code in range(lowest, highest + 1)]
@@ -165,6 +252,7 @@ def test_fake_quantize_is_decode_of_encode(
                 zero_point=torch.tensor([[1, 2], [3, 4], [15, 0]], dtype=torch.uint8),
             ),
         ),
+        (MidRise(3), Parameters(scale=torch.tensor([[0.1, -0.2], [0.3, 0.4], [1.0, 2.0]]))),
         (
             TwoLevelInteger(4),
             Parameters(
@@ -173,7 +261,7 @@ def test_fake_quantize_is_decode_of_encode(
             ),
         ),
     ],
-    ids=["Integer", "Integer asymmetric", "TwoLevelInteger"],
+    ids=["Integer", "Integer asymmetric", "MidRise", "TwoLevelInteger"],
 )
 def test_each_group_reads_its_own_parameters(
     number_format: Format, parameters: Parameters, generator: torch.Generator
