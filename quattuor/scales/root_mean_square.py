@@ -3,6 +3,7 @@
 
 from dataclasses import dataclass
 
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -19,6 +20,8 @@ class RootMeanSquare(ScaleRule):
     """The outermost levels lie at +-multiple * rms, whatever the largest entry is.
 
     scale = 2 * multiple * sqrt(mean(x^2)) / (2^b - 1)
+
+    A group of zeros has the smallest scale that can be stored, since no level is zero.
 
     Args:
         multiple: Where the outermost levels lie, in root mean squares.
@@ -66,6 +69,5 @@ class RootMeanSquare(ScaleRule):
         """Return `scale`. Ignores the importance."""
         self.check(number_format)
         rms = values.square().mean(dim=-1).sqrt()
-        return Parameters(
-            scale=round_scale(2 * self.multiple * rms / (2**number_format.bits - 1), self.scale_dtype)
-        )
+        scale = 2 * self.multiple * rms / (2**number_format.bits - 1)
+        return Parameters(scale=round_scale(scale.clamp(min=torch.finfo(scale.dtype).tiny), self.scale_dtype))

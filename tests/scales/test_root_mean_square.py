@@ -41,6 +41,13 @@ def test_one_outlier_moves_the_levels_little() -> None:
     assert scale.item() == pytest.approx(2 / 3, rel=0.01)
 
 
+@pytest.mark.parametrize("scale_dtype", ["float32", "float16"])
+def test_zeros_come_back_as_next_to_nothing(scale_dtype) -> None:
+    parameters = RootMeanSquare(scale_dtype=scale_dtype).fit(torch.zeros(1, 1, 8), MidRise(2))
+    decoded = MidRise(2).fake_quantize(torch.zeros(1, 1, 8), parameters)
+    assert decoded.abs().max() <= 2.0**-25
+
+
 def test_values_that_do_not_exist() -> None:
     for multiple in (0.0, -2.4, 1e4, float("nan")):
         with pytest.raises(InputError, match=r"RootMeanSquare: multiple=.*; use 2.4"):
