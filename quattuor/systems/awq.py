@@ -20,6 +20,7 @@ def awq(
     include_zero: bool = True,
     include_one: bool = False,
     share_values: bool = False,
+    max_sequences: int | None = None,
 ) -> Recipe:
     """AWQ: scale each input channel by a power of its mean activation, clip, round to the nearest.
 
@@ -30,6 +31,7 @@ def awq(
         include_zero: Stretch every range to contain zero; off reproduces the authors' grid.
         include_one: Also try the exponent 1 in the search of the scales.
         share_values: Scale values also where several query heads read one value head, which the authors skip.
+        max_sequences: Calibration sequences that the search of the scales measures errors on; None uses all.
 
     References:
         Lin et al., 2023, arXiv:2306.00978. See docs/systems/awq.md.
@@ -49,7 +51,9 @@ def awq(
     )
     return Recipe(
         systems=("awq",),
-        transforms=(ActivationAwareScale(include_one=include_one, share_values=share_values),),
+        transforms=(
+            ActivationAwareScale(include_one=include_one, share_values=share_values, max_sequences=max_sequences),
+        ),
         weights=clipped if clip else plain,
         rules=(Rule(roles=("query", "key"), weights=plain),) if clip else (),
         inputs="original",
