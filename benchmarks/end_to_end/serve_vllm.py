@@ -2,7 +2,7 @@
 """Seconds per batch of a model served by vLLM, in several formats: the record `serve_vllm`.
 
     python -m benchmarks.end_to_end.serve_vllm [--shape llama-2-13b] [--formats quattuor_w4a8,fp16,...]
-        [--batches 1,16,64] [--input 1024] [--output 128] [--repeats 2] [--timeout 150] [--json FILE]
+        [--batches 1,16,64] [--input 1024] [--output 128] [--repeats 2] [--timeout 150] [--append] [--json FILE]
 
 Weights are random, so no model is needed; what they are does not change how long they take. Each format runs in a
 process of its own and is ended after its timeout. The record is written again after each row. `end_to_end_s` is
@@ -46,18 +46,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         work(options)
         return 0
     names = options.formats.split(",")
-    rows, kernels, silent = [], [], []
+    silent: list[str] = []
+    rows, kernels = _known(RECORD, options, names), _known(KERNELS, options, names)
     for name in names:
         print(f"== {name}", flush=True)
         count = len(rows)
         for line in _worker_lines(name, options):
             if line.startswith(_ROW):
                 rows.append(json.loads(line.removeprefix(_ROW)))
-                _write(RECORD, rows, options.json)
+                _write(RECORD, rows, _path(RECORD, options))
             elif line.startswith(_KERNEL):
                 kernels.append(json.loads(line.removeprefix(_KERNEL)))
         if kernels:
-            _write(KERNELS, kernels, None if options.json is None else options.json.with_name(f"{KERNELS}.json"))
+            _write(KERNELS, kernels, _path(KERNELS, options))
         if len(rows) == count:
             silent.append(name)
     if silent:
@@ -76,15 +77,30 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--timeout", type=float, default=150.0, help="seconds for each format")
     parser.add_argument("--devices", type=int, default=1, help="tensor parallelism")
     parser.add_argument("--json", type=Path, help="write the record here, not to benchmarks/results")
+    parser.add_argument("--append", action="store_true", help="keep the rows of other formats in the record")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     return parser
 
 
-def _write(name: str, rows: Sequence[Row], path: Path | None) -> None:
-    if path is None:
-        record.write(name, rows)
-        return
+def _path(name: str, options: argparse.Namespace) -> Path:
+    """Return where a record goes: `--json` for the times, beside it for the kernels."""
+    if options.json is None:
+        return record.RESULTS / f"{name}.json"
+    target: Path = options.json
+    return target if name == RECORD else target.with_name(f"{name}.json")
+
+
+def _known(name: str, options: argparse.Namespace, measured: Sequence[str]) -> list[Row]:
+    """Return the rows of an earlier run that stay: with `--append` those of other shapes and formats."""
+    path = _path(name, options)
+    if not options.append or not path.is_file():
+        return []
+    rows = json.loads(path.read_text(encoding="utf-8"))["rows"]
+    return [row for row in rows if row["shape"] != options.shape or row["format"] not in measured]
+
+
+def _write(name: str, rows: Sequence[Row], path: Path) -> None:
     written = record.write(name, rows, folder=path.parent)
     written.replace(path)
 

@@ -68,11 +68,16 @@ def test_rows_are_recorded_as_they_come_and_a_silent_format_fails(
         "import sys, time\n"
         "name = sys.argv[sys.argv.index('--worker') + 1]\n"
         "if name == 'fp16':\n"
-        '    print(\'ROW {"format": "fp16", "batch": 1}\', flush=True)\n'
+        '    print(\'ROW {"shape": "llama-2-13b", "format": "fp16", "batch": 1}\', flush=True)\n'
         "time.sleep(60)\n"
     )
     monkeypatch.setattr(serve_vllm, "_COMMAND", (sys.executable, str(worker)))
     target = tmp_path / "serve.json"
     status = serve_vllm.main(["--formats", "fp16,w8a8", "--timeout", "2", "--json", str(target)])
     assert status == 1
-    assert json.loads(target.read_text())["rows"] == [{"format": "fp16", "batch": 1}]
+    row = {"shape": "llama-2-13b", "format": "fp16", "batch": 1}
+    assert json.loads(target.read_text())["rows"] == [row]
+    assert serve_vllm.main(["--formats", "w8a8", "--append", "--timeout", "1", "--json", str(target)]) == 1
+    assert json.loads(target.read_text())["rows"] == [row]
+    assert serve_vllm.main(["--formats", "fp16", "--append", "--timeout", "2", "--json", str(target)]) == 0
+    assert json.loads(target.read_text())["rows"] == [row]
