@@ -12,14 +12,15 @@ import quattuor
 PACKAGE = Path(quattuor.__file__).parent
 
 ROWS: list[set[str]] = [
-    {"errors", "progress", "granularity"},
+    {"errors", "progress", "granularity", "seeds"},
     {"formats", "models", "deltas", "online_maps"},
     {"quantized_tensor", "kernels"},
     {"transforms", "scales", "outliers", "activations", "calibration"},
     {"solvers", "kv_cache", "nn", "rules"},
     {"recipe", "folding", "quantization_report"},
     {"apply", "site_search", "training", "checkpoints"},
-    {"quantize", "systems"},
+    {"pipeline", "systems"},
+    {"quantize"},
     {"serving", "evaluation", "reports"},
     {"cli", "cli_arguments", "cli_bench", "cli_progress", "cli_runs", "demo"},
 ]

@@ -16,10 +16,11 @@ from quattuor.granularity import PerChannel
 from quattuor.models import describe
 from quattuor.nn.linear import QuantizedLinear
 from quattuor.progress import Progress
-from quattuor.quantize import InMemory, derive_seed, quantize
+from quattuor.quantize import InMemory, quantize
 from quattuor.recipe import Recipe
 from quattuor.rules import Rule
 from quattuor.scales import AbsMax
+from quattuor.seeds import derive_seed
 from quattuor.solvers import GPTQ, Nearest, Solver, WeightQuantizer
 from quattuor.systems import qqq, rtn
 from quattuor.transforms import AdaptiveSmoothing

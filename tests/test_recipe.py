@@ -48,6 +48,7 @@ def test_nested_parts_and_rules_survive() -> None:
     assert data["rules"][1] == {
         "part": "Rule",
         "pattern": "*.0.*",
+        "roles": [],
         "skip": True,
         "weights": None,
         "activations": None,

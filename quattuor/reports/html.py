@@ -10,7 +10,7 @@ from pathlib import Path
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from quattuor.quantize import LayerReport
+from quattuor.quantization_report import LayerReport
 from quattuor.reports.files import write_text_atomically
 from quattuor.reports.result import RunResult, format_bytes, mean_bits_per_weight, site_errors
 

@@ -14,7 +14,7 @@ from typing import Any
 from quattuor.errors import InputError, compose
 from quattuor.evaluation.generation import GenerationResult
 from quattuor.evaluation.perplexity import PerplexityResult
-from quattuor.quantize import LayerReport, QuantizationReport
+from quattuor.quantization_report import LayerReport, QuantizationReport
 from quattuor.reports.environment import hardware, versions
 from quattuor.reports.files import write_text_atomically
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """How one weight is quantized: a grid, the solver that chooses codes on it, and what is kept out of both."""
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -14,6 +13,7 @@ from quattuor.formats.base import Format
 from quattuor.granularity import Granularity
 from quattuor.outliers.base import OutlierRule
 from quattuor.scales.base import Grid, ScaleRule
+from quattuor.seeds import derive_seed
 from quattuor.solvers.base import Solution, Solver, hessian_error, require_statistic
 from quattuor.solvers.nearest import Nearest
 from quattuor.transforms.base import WeightTransform
@@ -115,8 +115,7 @@ class WeightQuantizer:
         if self.transform is None:
             return self.solver.solve(item.weight, self.grid.given(known), known, self.outliers)
         hessian = require_statistic(item.weight, known, "hessian", type(self.transform).__name__)
-        own_seed = int.from_bytes(hashlib.sha256(f"{seed}:{item.name}".encode()).digest()[:6], "big")
-        changed = self.transform.transform(item.weight, hessian, own_seed)
+        changed = self.transform.transform(item.weight, hessian, derive_seed(seed, item.name))
         known = {"hessian": changed.hessian}
         if "inputs" in statistics:
             inputs = statistics["inputs"]

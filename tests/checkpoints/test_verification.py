@@ -20,7 +20,8 @@ from quattuor.checkpoints.skeleton import quantized_linears
 from quattuor.checkpoints.writing import sha256, write_safetensors
 from quattuor.errors import CheckpointError
 from quattuor.formats.packing import pack_rows
-from quattuor.quantize import derive_seed, quantize_to_folder
+from quattuor.quantize import quantize_to_folder
+from quattuor.seeds import derive_seed
 from quattuor.solvers import GPTQ
 from quattuor.systems import qqq
 from quattuor.transforms import RotateResidual
