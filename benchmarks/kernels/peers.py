@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published kernels of others, prepared for timing: the package humming-kernels, the CUDA sources of QQQ, Marlin.
+"""Published kernels of others, prepared for timing: the package humming-kernels, the CUDA sources of QQQ.
 
-The sources are compiled here, without PyTorch's headers: their entry points take plain pointers. Marlin's kernel
-and QQQ's are timed on random packed weights, since only their speed is asked for.
+The sources are compiled here, without PyTorch's headers: their entry points take plain pointers. QQQ's kernel is
+timed on random packed weights, since only its speed is asked for.
 """
 
 import ctypes
@@ -19,9 +19,9 @@ from torch import Tensor
 from benchmarks.kernels.timing import Batch, Contender, num_copies
 from quattuor.errors import InputError, compose
 
-__all__ = ["Library", "compile_library", "humming", "marlin", "original_qqq"]
+__all__ = ["Library", "humming", "load_qqq", "original_qqq"]
 
-#: Parallel slabs of 64 tokens of the Marlin kernels; their locks and buffers are sized by it.
+#: Parallel slabs of 64 tokens of the kernel; its locks and buffers are sized by it.
 MAX_PARALLEL = 16
 HUMMING_CONFIGS = (
     ("humming_w4a8", "channel", {"dtype": "int4"}, {"dtype": "int8"}),
@@ -82,15 +82,6 @@ def load_qqq(folder: str) -> Library:
     return compile_library(Path(folder) / "qqq_gemm.cu", "void qqq_gemm(", wrapper)
 
 
-def load_marlin(folder: str) -> Library:
-    """Compile the W4A16 kernel published as Marlin (marlin/ of its repository)."""
-    wrapper = """extern "C" int run(const void* A, const void* B, void* C, void* s, int m, int n, int k,
-        void* locks, int group_size, void* stream) {
-        return marlin_cuda(A, B, C, s, m, n, k, locks, group_size, 0, (cudaStream_t)stream); }
-        #endif"""
-    return compile_library(Path(folder) / "marlin_cuda_kernel.cu", "\n#endif", wrapper)
-
-
 def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
     """Return the address of a tensor, or the null pointer."""
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
@@ -138,34 +129,6 @@ def original_qqq(weight: Tensor, library: Library, quantize: object) -> Iterator
                     *(quantize(batch.x) if quantizes else (batch.x_codes, batch.x_scale)), i, scales
                 ),
             )
-
-
-def marlin(weight: Tensor, library: Library) -> Iterator[Contender]:
-    """The W4A16 kernel published as Marlin, groups of 128."""
-    out_features, in_features = weight.shape
-    total = num_copies(weight.numel() // 2)
-    shape = (in_features // 16, out_features * 2)
-    packed = [torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device="cuda") for _ in range(total)]
-    group = torch.rand(in_features // 128, out_features, device="cuda").half()
-    locks = torch.zeros(out_features // 128 * MAX_PARALLEL, dtype=torch.int32, device="cuda")
-
-    def run(batch: Batch, i: int) -> Tensor:
-        num_tokens = batch.x.shape[0]
-        out = torch.empty(num_tokens, out_features, dtype=torch.float16, device="cuda")
-        tensors = map(pointer, (batch.x, packed[i % total], out, group))
-        status = library.run(*tensors, num_tokens, out_features, in_features, pointer(locks), 128, stream())
-        check_status("w4a16_marlin", status)
-        return out
-
-    yield Contender(
-        name="w4a16_marlin",
-        granularity="group128",
-        includes_activation_quantization=False,
-        copies=total,
-        run=run,
-        # a slab of 64 tokens starts where the one before ended, so that a last slab must be whole
-        takes=lambda num_tokens: num_tokens <= 64 or num_tokens % 64 == 0,
-    )
 
 
 def humming_layers(weight: Tensor, total: int, weight_config: dict, input_config: dict | None) -> list[object]:

@@ -15,7 +15,8 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     x_MK = x.float()
     absmax_M = x_MK.abs().amax(dim=1) if x.shape[1] else x_MK.new_zeros(x.shape[0])
-    scale_M = absmax_M / 127.0
+    # a tensor, because CUDA devices divide by a number as they multiply by its rounded reciprocal
+    scale_M = absmax_M / torch.full_like(absmax_M, 127.0)
     scale_M = torch.where(scale_M.isfinite(), scale_M, torch.nan)
     ratio_MK = x_MK / scale_M[:, None]
     is_regular_M = scale_M > 0  # false for zero and for NaN

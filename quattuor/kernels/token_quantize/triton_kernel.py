@@ -9,7 +9,7 @@ from torch import Tensor
 __all__ = ["quantize_tokens", "rms_norm_quantize_tokens", "silu_mul_quantize_tokens"]
 
 #: Elements that a program holds in registers at once; longer tokens are walked in several steps.
-MAX_BLOCK = 8192
+MAX_BLOCK = 16384
 
 
 @triton.jit
@@ -42,25 +42,39 @@ def round_codes(value, step):
 
 
 @triton.jit
-def token_quantize_kernel(x, codes, scale, K, stride_x, BLOCK: tl.constexpr):
-    """Codes and scale of one token."""
+def token_quantize_kernel(x, codes, scale, K, stride_x, BLOCK: tl.constexpr, IS_WHOLE: tl.constexpr):
+    """Codes and scale of one token; IS_WHOLE when a block holds it, which is then read once."""
     token = tl.program_id(0).to(tl.int64)
     x += token * stride_x
     column = tl.arange(0, BLOCK)
-    largest = magnitude(load_row(x, column, K))
+    value = load_row(x, column, K)
+    largest = magnitude(value)
     for start in range(BLOCK, K, BLOCK):
         largest = tl.maximum(largest, magnitude(load_row(x, start + column, K)))
     step = step_size(tl.max(largest))
     tl.store(scale + token, step)
-    for start in range(0, K, BLOCK):
-        at = start + column
-        tl.store(codes + token * K + at, round_codes(load_row(x, at, K), step), mask=at < K)
+    tl.store(codes + token * K + column, round_codes(value, step), mask=column < K)
+    if not IS_WHOLE:
+        for start in range(BLOCK, K, BLOCK):
+            at = start + column
+            tl.store(codes + token * K + at, round_codes(load_row(x, at, K), step), mask=at < K)
 
 
 @triton.jit
 def normalized(hidden, weight, column, inverse, K):
     """hidden * inverse * weight, in this order."""
     return load_row(hidden, column, K) * inverse * load_row(weight, column, K)
+
+
+@triton.jit
+def add_residual(x, residual, hidden, column, K, HAS_RESIDUAL: tl.constexpr):
+    """Part of x + residual, rounded to the dtype of `hidden` and stored there; returned in float32."""
+    value = load_row(x, column, K)
+    if HAS_RESIDUAL:
+        value += load_row(residual, column, K)
+    rounded = value.to(hidden.dtype.element_ty)
+    tl.store(hidden + column, rounded, mask=column < K)
+    return rounded.to(tl.float32)
 
 
 @triton.jit
@@ -77,33 +91,35 @@ def rms_norm_quantize_kernel(
     eps,
     HAS_RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr,
+    IS_WHOLE: tl.constexpr,
 ):
-    """Residual sum, codes and scale of one normalized token; each thread re-reads only what it wrote."""
+    """Residual sum, codes and scale of one normalized token; each thread re-reads only what it wrote.
+
+    IS_WHOLE when a block holds the token, which then stays in registers.
+    """
     token = tl.program_id(0).to(tl.int64)
     x += token * stride_x
     residual += token * stride_residual
     hidden += token * K
     column = tl.arange(0, BLOCK)
-    squares = tl.zeros((BLOCK,), dtype=tl.float32)
-    for start in range(0, K, BLOCK):
-        at = start + column
-        value = load_row(x, at, K)
-        if HAS_RESIDUAL:
-            value += load_row(residual, at, K)
-        rounded = value.to(hidden.dtype.element_ty)
-        tl.store(hidden + at, rounded, mask=at < K)
-        value = rounded.to(tl.float32)
+    first = add_residual(x, residual, hidden, column, K, HAS_RESIDUAL)
+    squares = first * first
+    for start in range(BLOCK, K, BLOCK):
+        value = add_residual(x, residual, hidden, start + column, K, HAS_RESIDUAL)
         squares += value * value
     inverse = tl.rsqrt(tl.sum(squares) / K + eps)
-    largest = tl.zeros((BLOCK,), dtype=tl.float32)
-    for start in range(0, K, BLOCK):
+    first = first * inverse * load_row(weight, column, K)
+    largest = magnitude(first)
+    for start in range(BLOCK, K, BLOCK):
         largest = tl.maximum(largest, magnitude(normalized(hidden, weight, start + column, inverse, K)))
     step = step_size(tl.max(largest))
     tl.store(scale + token, step)
-    for start in range(0, K, BLOCK):
-        at = start + column
-        value = round_codes(normalized(hidden, weight, at, inverse, K), step)
-        tl.store(codes + token * K + at, value, mask=at < K)
+    tl.store(codes + token * K + column, round_codes(first, step), mask=column < K)
+    if not IS_WHOLE:
+        for start in range(BLOCK, K, BLOCK):
+            at = start + column
+            value = round_codes(normalized(hidden, weight, at, inverse, K), step)
+            tl.store(codes + token * K + at, value, mask=at < K)
 
 
 @triton.jit
@@ -114,20 +130,25 @@ def gated(gate, up, column, K):
 
 
 @triton.jit
-def silu_mul_quantize_kernel(gate, up, codes, scale, K, stride_gate, stride_up, BLOCK: tl.constexpr):
-    """Codes and scale of one gated token."""
+def silu_mul_quantize_kernel(
+    gate, up, codes, scale, K, stride_gate, stride_up, BLOCK: tl.constexpr, IS_WHOLE: tl.constexpr
+):
+    """Codes and scale of one gated token; IS_WHOLE when a block holds it, which is then read once."""
     token = tl.program_id(0).to(tl.int64)
     gate += token * stride_gate
     up += token * stride_up
     column = tl.arange(0, BLOCK)
-    largest = magnitude(gated(gate, up, column, K))
+    value = gated(gate, up, column, K)
+    largest = magnitude(value)
     for start in range(BLOCK, K, BLOCK):
         largest = tl.maximum(largest, magnitude(gated(gate, up, start + column, K)))
     step = step_size(tl.max(largest))
     tl.store(scale + token, step)
-    for start in range(0, K, BLOCK):
-        at = start + column
-        tl.store(codes + token * K + at, round_codes(gated(gate, up, at, K), step), mask=at < K)
+    tl.store(codes + token * K + column, round_codes(value, step), mask=column < K)
+    if not IS_WHOLE:
+        for start in range(BLOCK, K, BLOCK):
+            at = start + column
+            tl.store(codes + token * K + at, round_codes(gated(gate, up, at, K), step), mask=at < K)
 
 
 def outputs(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -144,7 +165,7 @@ def rows_contiguous(x: Tensor) -> Tensor:
 def block_options(in_features: int) -> dict[str, int]:
     """Return the block that covers a token or the largest allowed, with warps to match."""
     block = min(MAX_BLOCK, max(128, triton.next_power_of_2(in_features)))
-    return {"BLOCK": block, "num_warps": max(1, min(8, block // 512))}
+    return {"BLOCK": block, "IS_WHOLE": in_features <= block, "num_warps": max(1, min(16, block // 512))}
 
 
 def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from quattuor.kernels.dispatch import Implementation, LinearProblem, TokenRange
+from quattuor.kernels.dispatch import Implementation, LinearProblem
 from quattuor.kernels.w4a8_linear.planes import (
     BLOCK_K,
     MAX_SPLIT_TILES,
@@ -35,10 +35,20 @@ def piece_of(problem: LinearProblem) -> int:
 
 
 def choose_tile(
-    num_tokens: int, out_features: int, num_blocks: int, num_processors: int, has_warpgroups: bool
+    num_tokens: int,
+    out_features: int,
+    num_blocks: int,
+    num_processors: int,
+    has_warpgroups: bool,
+    element_size: int = 2,
 ) -> Tile:
-    """Return the tile for a token count: small, with K split, while tiles are few; wide otherwise."""
-    if num_tokens <= 16:
+    """Return the tile for a token count: small, with K split, while tiles are few; wide otherwise.
+
+    Activations of 4 bytes leave shared memory for 16 tokens, and for two stages when codes take a byte.
+    """
+    if element_size == 4:
+        rows, tokens, num_warps, num_stages, per_processor = 64, 16, 4, 2, 3
+    elif num_tokens <= 16:
         rows, tokens, num_warps, num_stages, per_processor = 64, 16, 4, 4, 3
     elif num_tokens <= 64 or not has_warpgroups:
         rows, tokens, num_warps, num_stages, per_processor = 64, 64, 4, 3, 2
@@ -96,9 +106,6 @@ class Triton(Implementation):
             return f"needs a group size that is a multiple of {MIN_PIECE}, not {problem.group_size}"
         return None
 
-    def declines(self, problem: LinearProblem, tokens: TokenRange) -> str | None:
-        return "has only been interpreted and compiled, not run on a GPU; force it to try it"
-
     def prepare(self, problem: LinearProblem, *tensors: Tensor | None) -> dict[str, Tensor]:
         return prepare_tensors(problem, *tensors)
 
@@ -132,6 +139,8 @@ class Triton(Implementation):
                 nibbles=problem.weight_bits <= 4,
                 group_size=problem.group_size or num_blocks * BLOCK_K,
                 piece=piece_of(problem),
-                tile=choose_tile(num_tokens, problem.out_features, num_blocks, *processors(x.device)),
+                tile=choose_tile(
+                    num_tokens, problem.out_features, num_blocks, *processors(x.device), x.element_size()
+                ),
             )
         return out

@@ -21,13 +21,13 @@ STAGES = {8: 10, 16: 9, 32: 8, 64: 6, 128: 4}
 
 #: Waves of whole tiles from which 256 rows pay: with fewer, the tiles cut along K at the end weigh more.
 WIDE_WAVES = 4
-#: Weights from which a layer without groups streams long enough to pay for the start of a program.
-LARGE = 170_000_000
 
 
 def choose_hopper_tile(num_tokens: int, out_features: int, mode: str, programs: int) -> HopperTile:
     """Return the tile for a token count: the least power of two that holds it, up to 128 tokens by 256 rows."""
     tokens = min(128, max(8, 1 << (num_tokens - 1).bit_length()))
+    if num_tokens <= 128 and -(-out_features // 128) < programs // 2:
+        tokens = min(tokens, 64)  # whole tiles are too few to keep every program busy
     wide_tiles = -(-out_features // 256) * -(-num_tokens // 128)
     if wide_tiles < WIDE_WAVES * programs:
         return HopperTile(blocks=1, tokens=tokens, stages=STAGES[tokens])
@@ -73,7 +73,7 @@ class Gluon(Implementation):
             is_fastest = choice.implementation == self.name
             return None if is_fastest else f"{choice.implementation} was measured to be faster on this layer"
         is_few = tokens.last is not None and tokens.last <= 64
-        if is_few and mode_of(problem) == "channel" and problem.out_features * problem.in_features < LARGE:
+        if is_few and mode_of(problem) == "channel":
             return "streaming the weight is the limit here, and the smaller programs of triton hide more of it"
         return None
 

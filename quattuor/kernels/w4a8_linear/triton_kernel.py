@@ -180,6 +180,11 @@ def w4a8_kernel(
     first = part * NUM_BLOCKS // SPLIT
     last = (part + 1) * NUM_BLOCKS // SPLIT
 
+    if ASM:
+        # what the epilogue reads first after the loop, and would wait for
+        prefetch(scale + row)
+        if IS_SPLIT:
+            prefetch(arrivals + tile + tl.arange(0, 1))
     if OVERLAP != NONE:
         # the weight does not depend on the kernel before this one: bring its first blocks to L2 while that drains
         if OVERLAP == EARLY:

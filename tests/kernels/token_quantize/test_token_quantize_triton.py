@@ -53,17 +53,17 @@ KERNELS = {
 
 
 @pytest.mark.parametrize("name", list(KERNELS))
-@pytest.mark.parametrize("capability", [80, 90])
-def test_machine_code(name, capability):
+@pytest.mark.parametrize(("capability", "whole"), [(80, False), (90, True)])
+def test_machine_code(name, capability, whole):
     kernel, signature = getattr(triton_kernel, name), KERNELS[name]
-    constants = {"BLOCK": 8192} | ({"HAS_RESIDUAL": True} if "residual" in signature else {})
+    constants = {"BLOCK": 16384, "IS_WHOLE": whole} | ({"HAS_RESIDUAL": True} if "residual" in signature else {})
     binary = compile_kernel(
         kernel,
         signature,
         constants,
         capability=capability,
         divisible=[argument for argument in signature if argument != "eps"],
-        num_warps=8,
+        num_warps=16,
     )
     assert binary.stack_bytes == 0
     assert binary.count("STL") == binary.count("LDL") == 0

@@ -110,10 +110,11 @@ def test_machine_code(mode, num_tokens):
 @pytest.mark.parametrize("mode", list(MODES))
 def test_tiles_hold_the_tokens(mode):
     for num_tokens in (1, 8, 9, 16, 17, 33, 64, 65, 128):
-        tile = choose_hopper_tile(num_tokens, 4096, mode, 132)
+        tile = choose_hopper_tile(num_tokens, 28672, mode, 132)
         assert num_tokens <= tile.tokens < max(16, 2 * num_tokens)
         assert tile.rows == 128
     assert choose_hopper_tile(1024, 4096, mode, 132).rows == 128
+    assert choose_hopper_tile(128, 4096, mode, 132).tokens == 64  # more tiles, since there are few rows
     assert choose_hopper_tile(4096, 28672, mode, 132).rows == 256
 
 

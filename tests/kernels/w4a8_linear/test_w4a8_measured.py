@@ -1,0 +1,61 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The measured choices: legal, complete for the benchmark's layers, and what the plan follows."""
+
+import json
+
+import pytest
+
+from benchmarks.shapes import LINEAR_SHAPES
+from quattuor.kernels import w4a8_linear
+from quattuor.kernels.dispatch import TOKEN_RANGES, LinearProblem
+from quattuor.kernels.w4a8_linear import measured
+from quattuor.kernels.w4a8_linear.planes import HopperTile, Tile
+
+
+def hopper(shape, **fields):
+    """Describe a layer on an H200."""
+    sizes = {"out_features": shape[0], "in_features": shape[1]}
+    return LinearProblem(**sizes, device_type="cuda", compute_capability=(9, 0), **fields)
+
+
+MODES = [{}, {"group_size": 128, "integer_group_scale": True}]
+
+
+@pytest.mark.parametrize("fields", MODES)
+@pytest.mark.parametrize("shape", LINEAR_SHAPES.values())
+def test_every_benchmarked_layer_has_choices_that_the_plan_follows(shape, fields):
+    problem = hopper(shape, **fields)
+    plan = w4a8_linear.plan(problem)
+    for tokens in TOKEN_RANGES:
+        choice = measured.find(problem, tokens.last)
+        assert choice is not None
+        assert plan.implementation(tokens.last or 10**6) == choice.implementation
+        assert isinstance(choice.tile, Tile if choice.implementation == "triton" else HopperTile)
+
+
+def test_within_a_range_one_implementation_is_chosen():
+    rows = json.loads(measured.FILE.read_text())["choices"]
+    for row in rows:
+        tokens = next(item for item in TOKEN_RANGES if row["max_tokens"] in item)
+        same = [
+            other["implementation"]
+            for other in rows
+            if other["max_tokens"] in tokens and all(other[key] == row[key] for key in ("n", "k", "mode"))
+        ]
+        assert set(same) == {row["implementation"]}
+
+
+def test_tiles_hold_the_tokens_they_are_chosen_for():
+    for row in json.loads(measured.FILE.read_text())["choices"]:
+        assert row["latency_us"] > 0
+        assert row["tile"]["tokens"] <= max(16, row["max_tokens"])
+        if row["implementation"] == "triton":
+            assert 1 <= row["tile"]["split"] <= -(-row["k"] // 256)
+
+
+def test_other_layers_and_devices_follow_the_rules():
+    assert measured.find(hopper((4096, 4000)), 1) is None
+    assert measured.find(hopper((4096, 4096), group_size=64), 1) is None
+    assert measured.find(hopper((4096, 4096), activation_zero_point=True), 1) is None
+    cpu = LinearProblem(out_features=4096, in_features=4096)
+    assert measured.find(cpu, 1) is None
