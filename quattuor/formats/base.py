@@ -133,6 +133,10 @@ class Format(ABC):
         """Parameters that are small integers themselves, and the bits that each takes when stored."""
         return {}
 
+    def resolved(self, parameters: Parameters) -> Parameters:
+        """Return parameters of the same numbers that take least work to read; for loops that read them often."""
+        return parameters
+
     def fake_quantize(self, values: Float[Tensor, "*lead S"], parameters: Parameters) -> Float[Tensor, "*lead S"]:
         """decode(encode(values)), in the dtype of `values`."""
         return self.decode(self.encode(values, parameters), parameters).to(values.dtype)

@@ -86,6 +86,11 @@ class BilevelInteger(Format):
         """Return scale and zero point of every group, float32 (float64 when they are stored so)."""
         return self._statistic(parameters, "scale", "scale"), self._statistic(parameters, "zero", "zero_point")
 
+    def resolved(self, parameters: Parameters) -> Parameters:
+        """Return scale and zero point of every row as real numbers."""
+        scale, zero_point = self.statistics(parameters)
+        return Parameters(scale=scale, zero_point=zero_point)
+
     def encode(self, values: Float[Tensor, "*lead S"], parameters: Parameters) -> UInt8[Tensor, "*lead S"]:
         """clamp(round(values / scale + zero_point), 0, 2^b - 1), computed in float32 or wider."""
         scale, zero_point = self.statistics(parameters)

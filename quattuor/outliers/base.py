@@ -2,7 +2,7 @@
 """The contract of an outlier rule: which entries of a weight stay in high precision."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from jaxtyping import Bool, Float, Int64
@@ -33,6 +33,15 @@ class OutlierRule(ABC):
     @abstractmethod
     def needs(self) -> frozenset[str]:
         """Names of the statistics that `select` reads, as for a solver."""
+
+    def planned(self, shapes: Sequence[tuple[int, int]], bits: int) -> "OutlierRule":
+        """Return the rule for a whole model; the rule itself when weights do not share a budget.
+
+        Args:
+            shapes: (N, K) of every linear that it applies to.
+            bits: Width of their codes.
+        """
+        return self
 
     @abstractmethod
     def select(self, weight: Float[Tensor, "N K"], grid: Grid, statistics: Mapping[str, Tensor]) -> Selection:

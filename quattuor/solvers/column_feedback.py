@@ -113,7 +113,7 @@ class GPTQ(Solver):
         outliers: OutlierRule | None = None,
     ) -> Solution:
         """Return the packed weight. Raises CalibrationError when the damped Hessian is not positive definite."""
-        self._check_groups(grid)
+        self._check_groups(grid, weight.shape[1])
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         hessian = require_statistic(weight, statistics, "hessian", "GPTQ")
         dead_K = self._dead(hessian)
@@ -151,9 +151,10 @@ class GPTQ(Solver):
             notes=(f"{num_dead} dead input columns set to zero",) if num_dead else (),
         )
 
-    def _check_groups(self, grid: Grid) -> None:
+    def _check_groups(self, grid: Grid, num_columns: int) -> None:
         """Refuse to fit groups one after another whose parameters depend on each other."""
-        if self.groups == "static" or not grid.scales.couples_groups:
+        is_one_fit = self.groups == "static" or grid.granularity.num_groups(num_columns) == 1
+        if is_one_fit or not grid.scales.couples_groups:
             return
         raise UnsupportedError(
             compose(

@@ -259,7 +259,7 @@ def round_columns(
     Returns:
         Codes and errors e = (w - q) / U_kk, each [N, B].
     """
-    columns = Parameters(**dict(zip(names, parameters, strict=True)))
+    columns = number_format.resolved(Parameters(**dict(zip(names, parameters, strict=True))))
     weight_NB, codes, errors = weight.clone(), [], []
     for k in range(weight.shape[1]):
         column_N11, group = weight_NB[:, k, None, None], columns.group(k)
@@ -293,7 +293,7 @@ def round_columns_keeping(
     Returns:
         Codes, errors and additions, each [N, B].
     """
-    columns = Parameters(**dict(zip(names, parameters, strict=True)))
+    columns = number_format.resolved(Parameters(**dict(zip(names, parameters, strict=True))))
     weight_NB, codes, errors, additions = weight.clone(), [], [], []
     for k in range(weight.shape[1]):
         column_N11, group = weight_NB[:, k, None, None], columns.group(k)

@@ -45,7 +45,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         *({"bits": bits, "group_size": size} for bits in range(2, 9) for size in (None, 32, 64)),
         {"clip": False},
         {"include_zero": False, "include_one": True},
-        {"share_values": True},
+        {"share_values": True, "max_sequences": 4},
     ],
     "quip": [
         *({"bits": bits} for bits in range(2, 9)),

@@ -82,3 +82,13 @@ def test_only_one_statistic_in_bits() -> None:
 def test_widths_that_do_not_exist(options: dict[str, int], message: str) -> None:
     with pytest.raises(InputError, match=message):
         BilevelInteger(**options)
+
+
+def test_resolved_statistics_give_the_same_numbers(generator: torch.Generator) -> None:
+    given, number_format = parameters(6, 2, 4), BilevelInteger(3, row_group=4)
+    resolved = number_format.resolved(given)
+    values = 5 * torch.randn(6, 2, 9, generator=generator)
+    codes = number_format.encode(values, given)
+    assert torch.equal(number_format.encode(values, resolved), codes)
+    assert torch.equal(number_format.decode(codes, resolved), number_format.decode(codes, given))
+    assert resolved.group(1)["scale"].shape == (6, 1)
