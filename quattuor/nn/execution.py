@@ -8,12 +8,15 @@ import torch
 from torch import Tensor
 
 from quattuor.activations.base import ActivationQuantizer
+from quattuor.deltas import ElementDelta
 from quattuor.errors import InputError, UnsupportedError, compose
 from quattuor.formats.base import Format
+from quattuor.formats.binary import BinaryCoding
+from quattuor.formats.codebook import Codebook
 from quattuor.formats.integer import Integer
 from quattuor.formats.two_level import TwoLevelInteger
 from quattuor.granularity import Granularity, PerChannel, PerGroup, PerTensor
-from quattuor.kernels import w4a8_linear, w4a16_linear
+from quattuor.kernels import lut_linear, w4a8_linear, w4a16_linear
 from quattuor.kernels.dispatch import LinearProblem, Operand, Row, describe_device
 from quattuor.quantized_tensor import QuantizedTensor
 
@@ -35,7 +38,12 @@ def reason_against_execution(
 
 
 class Execution(ABC):
-    """Computes x @ (decoded codes).T (+ bias), once `prepared`; deltas and maps are the module's."""
+    """Computes x @ (decoded codes).T (+ bias), once `prepared`; maps are the module's, and mostly deltas."""
+
+    @property
+    def adds_delta(self) -> bool:
+        """Whether the product holds the weight's delta already."""
+        return False
 
     @abstractmethod
     def prepared(self, tensor: QuantizedTensor) -> "Execution":
@@ -93,6 +101,38 @@ class FloatExecution(Execution):
         return replace(
             self, operand=self.plan.prepare(codes, parameters["scale"].expand(len(codes), -1), zero_point)
         )
+
+    def linear(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        """Multiply in floating point."""
+        assert self.operand is not None, "prepared comes first"
+        return self.plan.linear(x, self.operand, bias, out_dtype)
+
+    def explain(self) -> list[Row]:
+        """Return the plan's table."""
+        return self.plan.explain()
+
+
+@dataclass(frozen=True, slots=True)
+class TableExecution(Execution):
+    """Floating-point activations times table entries or signed planes, single entries included."""
+
+    plan: lut_linear.Plan
+    operand: Operand | None = None
+
+    @property
+    def adds_delta(self) -> bool:
+        """Single entries are part of the operation."""
+        return self.plan.problem.sparse
+
+    def prepared(self, tensor: QuantizedTensor) -> "TableExecution":
+        """Lay out codes, tables and single entries."""
+        codes, parameters, delta = tensor.codes, tensor.parameters, tensor.delta
+        table = parameters["codebook" if isinstance(tensor.number_format, Codebook) else "alpha"]
+        offset = parameters["offset"].expand(len(codes), -1) if "offset" in parameters else None
+        sparse = None
+        if isinstance(delta, ElementDelta):
+            sparse = (delta.row_offsets, delta.columns, delta.values)
+        return replace(self, operand=self.plan.prepare(codes, table.expand(len(codes), -1, -1), offset, sparse))
 
     def linear(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """Multiply in floating point."""
@@ -174,12 +214,30 @@ def make_execution(
                 remedy=reason,
             )
         )
+    if activations is None and isinstance(tensor.number_format, Codebook | BinaryCoding):
+        return TableExecution(lut_linear.plan(_table_problem(tensor, dtype, device), force))
     if activations is None and not isinstance(tensor.number_format, Integer):
         return _decoded(tensor.number_format, force, device, name)
     problem = _problem(tensor, activations, dtype, device)
     if activations is None:
         return FloatExecution(w4a16_linear.plan(problem, force))
     return IntegerExecution(w4a8_linear.plan(problem, force), activations)
+
+
+def _table_problem(tensor: QuantizedTensor, dtype: torch.dtype, device: torch.device) -> lut_linear.LutProblem:
+    is_codebook = isinstance(tensor.number_format, Codebook)
+    return lut_linear.LutProblem(
+        out_features=tensor.shape[0],
+        in_features=tensor.shape[1],
+        weight_bits=tensor.number_format.bits,
+        kind="codebook" if is_codebook else "planes",
+        group_size=tensor.granularity.group_size if isinstance(tensor.granularity, PerGroup) else None,
+        offset="offset" in tensor.parameters,
+        sparse=isinstance(tensor.delta, ElementDelta),
+        table_dtype=tensor.parameters["codebook" if is_codebook else "alpha"].dtype,
+        output_dtype=dtype,
+        **describe_device(device),
+    )
 
 
 def _decoded(number_format: Format, force: str | None, device: torch.device, name: str) -> DecodedExecution:

@@ -154,7 +154,7 @@ def _with_extras(execution: Execution, tensor: QuantizedTensor, x: Tensor, bias:
     """Return y of a weight with a delta or maps, summed in float32 and rounded once."""
     inputs = x if tensor.input_map is None else tensor.input_map.apply(x)
     y = execution.linear(inputs, None, torch.float32)
-    if tensor.delta is not None:
+    if tensor.delta is not None and not execution.adds_delta:
         y = y + tensor.delta.matmul(inputs, tensor.shape[0])
     if tensor.output_map is not None:
         y = tensor.output_map.apply(y)

@@ -19,8 +19,10 @@ def decoded_weight(problem: LutProblem, codes: Tensor, table: Tensor, offset: Te
     group_K = torch.arange(problem.in_features, device=codes.device) // (problem.group_size or problem.in_features)
     weight_NK = torch.zeros(codes.shape, device=codes.device)
     if problem.kind == "codebook":
-        for entry in range(2**problem.weight_bits):
-            weight_NK = torch.where(codes == entry, table[..., entry].float()[:, group_K], weight_NK)
+        size = problem.group_size or problem.in_features
+        for group in range(problem.num_groups):
+            columns = slice(group * size, (group + 1) * size)
+            weight_NK[:, columns] = table[:, group].float().gather(1, codes[:, columns].long())
         return weight_NK
     for plane in range(problem.weight_bits):
         sign_NK = ((codes >> plane) & 1).float() * 2 - 1
