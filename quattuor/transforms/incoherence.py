@@ -106,8 +106,8 @@ class Incoherence(WeightTransform):
         else:
             before_K, gather_K = 1 / scale, _permutation(size, generator).to(scale.device)
         return Kronecker(
-            left=left_PP.half().to(scale.device),
-            right=right_QQ.half().to(scale.device),
+            left=left_PP.to(scale.device),
+            right=right_QQ.to(scale.device),
             gather=gather_K,
             before=before_K.half() if self.kind == "hadamard" or self.rescale else None,
         )
@@ -117,19 +117,21 @@ class Incoherence(WeightTransform):
         left_PP, right_QQ = self._factors(size, generator)
         is_hadamard = self.kind == "hadamard"
         return Kronecker(
-            left=left_PP.half().to(device),
-            right=right_QQ.half().to(device),
+            left=left_PP.to(device),
+            right=right_QQ.to(device),
             scatter=None if is_hadamard else _permutation(size, generator).to(device),
             after=random_signs(size, generator).half().to(device) if is_hadamard else None,
         )
 
     def _factors(self, size: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-        """Return two orthogonal matrices whose sizes multiply to `size`."""
+        """Return two orthogonal matrices whose sizes multiply to `size`, as they are stored."""
         if self.kind == "hadamard":
             first, second = balanced_factors(size, hadamard_only=True)
-            return hadamard(first), hadamard(second)
+            return hadamard(first).half(), hadamard(second).half()
         first, second = balanced_factors(size)
-        return random_orthogonal(first, generator), random_orthogonal(second, generator)
+        factors = random_orthogonal(first, generator), random_orthogonal(second, generator)
+        # QR lays columns out in memory; a product with them differs in its last bits from one with a reloaded map.
+        return factors[0].half().contiguous(), factors[1].half().contiguous()
 
 
 def column_scale(weight: Float[Tensor, "N K"], hessian: Float[Tensor, "K K"]) -> Float[Tensor, " K"]:

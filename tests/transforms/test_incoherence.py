@@ -87,6 +87,8 @@ def test_only_small_tensors_are_stored():
         "before": (torch.float16, (48,)),
     }
     assert set(changed.output_map.tensors()) == {"left", "right", "scatter"}
+    for online_map in (changed.input_map, changed.output_map):
+        assert all(value.is_contiguous() for value in online_map.tensors().values()), "as it will be reloaded"
     signed = Incoherence(kind="hadamard").transform(weight, hessian, 5)
     assert set(signed.input_map.tensors()) == {"left", "right", "before"}
     assert set(signed.output_map.tensors()) == {"left", "right", "after"}
