@@ -128,8 +128,10 @@ def _run_vllm(options: argparse.Namespace, texts: dict[str, list[list[int]]]) ->
         compilation_config={"cudagraph_capture_sizes": [1, 16, 64]},
     )
     greedy = SamplingParams(temperature=0.0, max_tokens=options.new_tokens, ignore_eos=True, detokenize=False)
+    print("engine ready", flush=True)
     prompts = [{"prompt_token_ids": tokens} for tokens in texts["prompts"]]
     outputs = engine.generate(prompts, sampling_params=greedy, use_tqdm=False)
+    print("prompts continued", flush=True)
     scoring = SamplingParams(temperature=0.0, max_tokens=1, prompt_logprobs=0, detokenize=False)
     windows = [{"prompt_token_ids": tokens} for tokens in texts["windows"]]
     losses = []
