@@ -1,11 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Find the fastest tile of the W4A8 kernels for the shapes in `benchmarks/shapes.py`, and write what was found.
 
-    python -m benchmarks.kernels.tune [--processes P] [--seconds S] [--json FILE]
+    python -m benchmarks.kernels.tune [--processes P] [--seconds S] [--shapes NxK,...] [--from M] [--json FILE]
 
 Every candidate is compared with the reference before it is timed; one that is wrong or refused by the compiler
 stops the run. Timing is that of `benchmarks.kernels.timing`. For each range of token counts that dispatch knows,
-one implementation is chosen; within it each token count has its own tile.
+one implementation is chosen; within it each token count has its own tile. What the file holds and the run does not
+measure stays.
 """
 
 import argparse
@@ -81,6 +82,8 @@ def candidates(shape: tuple[int, int], max_tokens: int, mode: str) -> list[Tile 
             found += triton(128, 64, 8, (3,), (2,), two)
     else:
         found += [HopperTile(**narrow, stages=4), HopperTile(blocks=2, tokens=128, stages=3)]
+        if max_tokens <= 512:
+            found += [HopperTile(blocks=1, tokens=64, stages=6), HopperTile(blocks=2, tokens=64, stages=4)]
     return list(dict.fromkeys(found))
 
 
@@ -124,22 +127,26 @@ def make_batch(num_tokens: int, in_features: int) -> Batch:
 
 
 def time_shape(
-    shape: tuple[int, int], mode: str, deadline: float
+    shape: tuple[int, int], mode: str, deadline: float, first: int = 1
 ) -> list[tuple[int, str, float, Tile | HopperTile]]:
-    """Return (largest token count, implementation, latency in us, tile) of every candidate."""
+    """Return (largest token count, implementation, latency in us, tile) of every candidate from a count on."""
     problem = problem_of(shape, mode)
     weight = torch.randn(shape, dtype=torch.float16, device="cuda")
     codes, scale, group_scale = quantized_rows(weight, problem.group_size)
     total = num_copies(codes.numel() // 2)
     layers = [prepare_planes(problem, codes, scale, group_scale)]
     for _ in range(total - 1):
-        layers.append(layers[0] | {"packed": torch.randint_like(layers[0]["packed"], -128, 128)})
+        # scales and counters of their own, so that they are as cold as the weight
+        fresh = {name: tensor.clone() for name, tensor in layers[0].items()}
+        layers.append(fresh | {"packed": torch.randint_like(fresh["packed"], -128, 128)})
     exact = w4a8_linear.plan(problem, force="reference")
     operand = exact.prepare(codes, scale, group_scale)
     found = []
     for max_tokens, num_tokens in TIMED.items():
         if time.monotonic() > deadline:
             break
+        if max_tokens < first:
+            continue
         batch = make_batch(num_tokens, shape[1])
         rows = torch.arange(0, num_tokens, max(1, num_tokens // 8), device="cuda")
         expected = exact.linear(batch.x_codes[rows], batch.x_scale[rows], operand)
@@ -213,9 +220,11 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument(
         "--compile-only", action="store_true", help="fill the cache of compiled kernels, time nothing"
     )
+    parser.add_argument("--shapes", default=",".join(f"{n}x{k}" for n, k in LINEAR_SHAPES.values()))
+    parser.add_argument("--from", dest="first", type=int, default=1, help="measure no smaller token counts")
     parser.add_argument("--json", type=Path, default=measured.FILE, help="where the choices go")
     options = parser.parse_args(arguments)
-    shapes = list(LINEAR_SHAPES.values())
+    shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
     if options.processes:
         jobs = compile_jobs(sorted(shapes))
         with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
@@ -224,19 +233,25 @@ def main(arguments: list[str] | None = None) -> None:
     if options.compile_only:
         return
     deadline = time.monotonic() + options.seconds
-    rows = []
+    rows = json.loads(options.json.read_text())["choices"] if options.json.is_file() else []
     for shape, mode in itertools.product(shapes, GROUPS):
-        for max_tokens, (name, us, tile) in sorted(choose(time_shape(shape, mode, deadline)).items()):
-            row = {"n": shape[0], "k": shape[1], "mode": mode, "max_tokens": max_tokens}
-            rows.append(row | {"implementation": name, "latency_us": round(us, 2), "tile": asdict(tile)})
+        for max_tokens, (name, us, tile) in choose(time_shape(shape, mode, deadline, options.first)).items():
+            place = {"n": shape[0], "k": shape[1], "mode": mode, "max_tokens": max_tokens}
+            rows = [row for row in rows if any(row[key] != value for key, value in place.items())]
+            rows.append(place | {"implementation": name, "latency_us": round(us, 2), "tile": asdict(tile)})
         torch.cuda.empty_cache()
-        properties = torch.cuda.get_device_properties(0)
-        content = {
-            "measured_on": properties.name,
-            "compute_capability": [properties.major, properties.minor],
-            "choices": rows,
-        }
-        options.json.write_text(json.dumps(content, indent=1) + "\n")
+        write(rows, options.json)
+
+
+def write(rows: list[dict], file: Path) -> None:
+    """Write the choices with what they were measured on."""
+    properties = torch.cuda.get_device_properties(0)
+    content = {
+        "measured_on": properties.name,
+        "compute_capability": [properties.major, properties.minor],
+        "choices": sorted(rows, key=lambda row: (row["n"], row["k"], row["mode"], row["max_tokens"])),
+    }
+    file.write_text(json.dumps(content, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -51,6 +51,31 @@ def test_interpreted_kernel_equals_the_reference():
 )
 def test_machine_code(capability, mode, num_tokens):
     tile = choose_tile(num_tokens, 4096, 16, 132, capability == 90)
+    binary = compile_tile(capability, mode, tile)
+    assert binary.stack_bytes == 0
+    assert binary.count("STL") == binary.count("LDL") == 0
+    assert binary.shared_bytes <= SHARED_BYTES[capability]
+    if capability == 90:
+        assert binary.count("IGMMA") == 8
+        # one wait per dot in the loop: more would mean that the compiler serialized the warpgroup products
+        assert binary.count(r"WARPGROUP\.DEPBAR") == 2
+    else:
+        assert binary.count("IMMA") >= 16
+    assert binary.count("LDGSTS") > 0  # asynchronous copies: the loop is pipelined
+    # bytes are not extracted and inserted one by one; the float16 route packs its results by permutation
+    assert binary.count("PRMT") <= (136 if mode == "half" else 40)
+
+
+@pytest.mark.parametrize(("capability", "mode"), [(80, "channel"), (90, "byte")])
+def test_zero_points_do_not_spill(capability, mode):
+    tile = choose_tile(4096, 4096, 16, 132, capability == 90)
+    binary = compile_tile(capability, mode, tile, has_zero_point=True)
+    assert binary.count("STL") == binary.count("LDL") == binary.stack_bytes == 0
+    assert binary.shared_bytes <= SHARED_BYTES[capability]
+
+
+def compile_tile(capability, mode, tile, has_zero_point=False):
+    """Compile the kernel for a tile, with a bias."""
     signature = {
         "x": "*i8",
         "x_scale": "*fp32",
@@ -72,11 +97,11 @@ def test_machine_code(capability, mode, num_tokens):
         "IS_SPLIT": tile.split > 1,
         "EVEN_K": True,
         "HAS_BIAS": True,
-        "HAS_ZERO_POINT": False,
+        "HAS_ZERO_POINT": has_zero_point,
         "ASM": True,
-        "OVERLAP": OVERLAPS["late" if capability == 90 else "none"].value,
+        "OVERLAP": OVERLAPS[tile.overlap].value,
     }
-    binary = compile_kernel(
+    return compile_kernel(
         w4a8_kernel,
         signature,
         constants,
@@ -84,21 +109,9 @@ def test_machine_code(capability, mode, num_tokens):
         divisible=[name for name in signature if name not in ("M", "NUM_BLOCKS", "SPLIT")],
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
-        launch_pdl=capability == 90,
+        launch_pdl=tile.overlap != "none",
         enable_fp_fusion=False,
     )
-    assert binary.stack_bytes == 0
-    assert binary.count("STL") == binary.count("LDL") == 0
-    assert binary.shared_bytes <= SHARED_BYTES[capability]
-    if capability == 90:
-        assert binary.count("IGMMA") == 8
-        # one wait per dot in the loop: more would mean that the compiler serialized the warpgroup products
-        assert binary.count(r"WARPGROUP\.DEPBAR") == 2
-    else:
-        assert binary.count("IMMA") >= 16
-    assert binary.count("LDGSTS") > 0  # asynchronous copies: the loop is pipelined
-    # bytes are not extracted and inserted one by one; the float16 route packs its results by permutation
-    assert binary.count("PRMT") <= (136 if mode == "half" else 40)
 
 
 def test_planes_hold_every_code_where_the_layout_says():
