@@ -17,9 +17,10 @@ from quattuor.deltas import ElementDelta
 from quattuor.errors import CalibrationError, UnsupportedError
 from quattuor.formats import Codebook
 from quattuor.granularity import PerChannel, PerGroup
+from quattuor.outliers import SensitiveAndLarge
 from quattuor.quantize import quantize, quantize_to_folder
 from quattuor.scales import WeightedKMeans
-from quattuor.solvers import Nearest, WeightToQuantize
+from quattuor.solvers import GPTQ, Nearest, WeightToQuantize
 from quattuor.systems import rtn, squeezellm
 from quattuor.transforms import FoldNorms
 
@@ -117,3 +118,20 @@ def test_refusals() -> None:
         quantize(model, rotated, TOKENS)
     with pytest.raises(UnsupportedError, match="is read block by block; load the whole model"):
         quantize(ModelSource(model).skeleton(), squeezellm(), TOKENS)
+
+
+@pytest.mark.parametrize("keep", [False, True])
+def test_codebook_inside_column_feedback(keep: bool, generator: torch.Generator) -> None:
+    x = torch.randn(400, 96, generator=generator) @ torch.randn(96, 96, generator=generator)
+    statistics = {"hessian": x.T @ x / 400}
+    weight, _ = make(generator)
+    outliers = SensitiveAndLarge(sensitive_share=0.0, large_share=0.02) if keep else None
+    weights = dataclasses.replace(squeezellm(3).weights, solver=Nearest(weighted=True), outliers=outliers)
+    item = WeightToQuantize(name="linear", weight=weight)
+    nearest = weights.solve([item], statistics)[0]
+    fed_back = dataclasses.replace(weights, solver=GPTQ()).solve([item], statistics)[0]
+    assert fed_back.error < 0.8 * nearest.error
+    assert (fed_back.tensor.delta is not None) == keep
+    # Feedback chooses codes on the same table: both fit it to the same weights with diag(H).
+    if not keep:
+        assert torch.equal(fed_back.tensor.parameters["codebook"], nearest.tensor.parameters["codebook"])
