@@ -7,6 +7,7 @@ One row for each layer, token count and granularity, with and without the quanti
 without one (16-bit activations) count in both. A missing figure is None: the peer does not take the token count.
 """
 
+import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -83,9 +84,13 @@ def best(kind: str, granularity: str, quantizes: bool, case: Sequence[Row]) -> f
 
 
 def main() -> None:
-    """Write the record."""
-    path = record.write("kernels_w4a8_ratios", list(ratios(record.read("kernels_w4a8")["rows"])))
-    print(path)
+    """Write the record; it says where and when the latencies were measured, not where the ratios were formed."""
+    source = record.read("kernels_w4a8")
+    path = record.write("kernels_w4a8_ratios", list(ratios(source["rows"])))
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content |= {key: source[key] for key in ("commit", "date", "hardware", "versions")}
+    path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    print(path.relative_to(record.ROOT))
 
 
 if __name__ == "__main__":
