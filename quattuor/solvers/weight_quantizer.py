@@ -20,6 +20,9 @@ from quattuor.transforms.base import WeightTransform
 
 __all__ = ["WeightQuantizer", "WeightToQuantize"]
 
+IN_ANY_BASIS = frozenset({"hessian", "inputs"})
+"""Statistics that a change of basis can follow."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
 class WeightToQuantize:
@@ -68,6 +71,18 @@ class WeightQuantizer:
                     constraint=f"cannot be kept by {type(self.solver).__name__}: {reason}",
                     place="WeightQuantizer",
                     remedy="choose another solver, or outliers=None",
+                )
+            )
+
+        lost = frozenset[str]() if self.transform is None else self.needs - IN_ANY_BASIS
+        if lost:
+            raise UnsupportedError(
+                compose(
+                    subject="transform",
+                    value=self.transform,
+                    constraint=f"has no counterpart of {', '.join(sorted(lost))} in its basis",
+                    place="WeightQuantizer",
+                    remedy=f"choose parts that need only {' and '.join(sorted(IN_ANY_BASIS))}, or transform=None",
                 )
             )
 
@@ -121,6 +136,15 @@ class WeightQuantizer:
             inputs = statistics["inputs"]
             known["inputs"] = inputs if changed.input_map is None else changed.input_map.apply(inputs)
         solution = self.solver.solve(changed.weight, self.grid.given(known), known, self.outliers)
-        assert solution.tensor.input_map is None, "the solver has no map of its own inside another basis"
+        if solution.tensor.input_map is not None:
+            raise UnsupportedError(
+                compose(
+                    subject="solver",
+                    value=self.solver,
+                    constraint=f"orders inputs of its own, inside the basis of {type(self.transform).__name__}",
+                    place=item.name,
+                    remedy='use GPTQ with order="natural" or groups="static"',
+                )
+            )
         tensor = replace(solution.tensor, input_map=changed.input_map, output_map=changed.output_map)
         return replace(solution, tensor=tensor, error=hessian_error(item.weight, tensor.decode(), hessian))

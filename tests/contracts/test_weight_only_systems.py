@@ -141,5 +141,14 @@ def test_pairs_that_are_not_legal_say_why() -> None:
     assert spqr is not None
     with pytest.raises(UnsupportedError, match=r"outliers=.* cannot be kept by Nearest"):
         replace(spqr, solver=Nearest())
+    quip, squeezellm = system("quip").weights, system("squeezellm").weights
+    assert quip is not None
+    assert squeezellm is not None
+    with pytest.raises(UnsupportedError, match=r"transform=.* has no counterpart of fisher in its basis"):
+        replace(squeezellm, transform=quip.transform)
+    with pytest.raises(
+        UnsupportedError, match=r"solver=.* orders inputs of its own, inside the basis of Incoherence"
+    ):
+        quantize(one_block(), Recipe(weights=replace(spqr, transform=quip.transform)), TOKENS)
     with pytest.raises(UnsupportedError, match=r"RootMeanSquare: format=.*; use MidRise"):
         changed(system("quip"), number_format=Codebook(3))
