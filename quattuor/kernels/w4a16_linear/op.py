@@ -18,6 +18,7 @@ from quattuor.kernels.dispatch import (
     check_tensor,
     choose,
 )
+from quattuor.kernels.layer import check_call, prepare_layouts, select
 from quattuor.kernels.w4a16_linear.float32 import Float32
 from quattuor.kernels.w4a16_linear.reference import Reference
 from quattuor.kernels.w4a16_linear.triton import Triton
@@ -117,12 +118,7 @@ class Plan:
             InputError: A tensor has the wrong dtype, shape or device, or values outside its range.
         """
         check_weight(self.problem, codes, scale, zero_point)
-        entries = {
-            f"{layout}.{name}": tensor
-            for layout, implementation in self.schedule.layouts().items()
-            for name, tensor in implementation.prepare(self.problem, codes, scale, zero_point).items()
-        }
-        return Operand(entries)
+        return prepare_layouts(self.schedule, self.problem, codes, scale, zero_point)
 
     def linear(
         self, x: Tensor, operand: Operand, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
@@ -144,16 +140,7 @@ class Plan:
         problem = self.problem
         out_dtype = problem.output_dtype if out_dtype is None else out_dtype
         check_inputs(problem, x, bias, out_dtype)
-        chosen = self.schedule.implementation(x.shape[0])
-        tensors = operand.layout(chosen.layout)
-        check(
-            bool(tensors) and all(t.device == x.device for t in tensors.values()),
-            "operand",
-            sorted(operand.entries),
-            f"does not hold the layout {chosen.layout!r} on {x.device}",
-            PLACE,
-            "prepare it with this plan and move it to the input's device",
-        )
+        chosen, tensors = select(self.schedule, operand, x, PLACE)
         return torch.ops.quattuor.w4a16_linear(
             x,
             list(tensors.values()),
@@ -232,21 +219,4 @@ def check_inputs(problem: LinearProblem, x: Tensor, bias: Tensor | None, out_dty
     place = f"{PLACE}.linear"
     check(x.dim() == 2, "x.dim()", x.dim(), "is not 2", place, "flatten tokens to [M, K]")
     check_tensor("x", x, (x.shape[0], problem.in_features), OUTPUT_DTYPES, x.device, place)
-    if bias is not None:
-        check_tensor("bias", bias, (problem.out_features,), OUTPUT_DTYPES, x.device, place)
-    check(
-        out_dtype in OUTPUT_DTYPES,
-        "out_dtype",
-        out_dtype,
-        "is not a supported floating-point type",
-        place,
-        "use float16, bfloat16 or float32",
-    )
-    check(
-        x.device.type == problem.device_type,
-        "x.device",
-        x.device,
-        f"is not a {problem.device_type} device, for which the plan was made",
-        place,
-        "make a plan for this device",
-    )
+    check_call(problem, "x", x, bias, out_dtype, place)

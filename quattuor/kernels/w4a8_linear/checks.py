@@ -4,7 +4,8 @@
 import torch
 from torch import Tensor
 
-from quattuor.kernels.dispatch import OUTPUT_DTYPES, LinearProblem, check, check_tensor
+from quattuor.kernels.dispatch import LinearProblem, check, check_tensor
+from quattuor.kernels.layer import check_call
 
 __all__ = ["PLACE", "check_inputs", "check_weight"]
 
@@ -92,21 +93,4 @@ def check_inputs(
     )
     if x_zero_point is not None:
         check_tensor("x_zero_point", x_zero_point, (num_tokens,), (torch.int8,), device, place)
-    if bias is not None:
-        check_tensor("bias", bias, (problem.out_features,), OUTPUT_DTYPES, device, place)
-    check(
-        out_dtype in OUTPUT_DTYPES,
-        "out_dtype",
-        out_dtype,
-        "is not a supported floating-point type",
-        place,
-        "use float16, bfloat16 or float32",
-    )
-    check(
-        device.type == problem.device_type,
-        "x_codes.device",
-        device,
-        f"is not a {problem.device_type} device, for which the plan was made",
-        place,
-        "make a plan for this device",
-    )
+    check_call(problem, "x_codes", x_codes, bias, out_dtype, place)

@@ -17,6 +17,7 @@ from quattuor.kernels.dispatch import (
     choose,
     describe_device,
 )
+from quattuor.kernels.layer import prepare_layouts, select
 from quattuor.kernels.w4a8_linear.checks import PLACE, check_inputs, check_weight
 from quattuor.kernels.w4a8_linear.float32 import Float32
 from quattuor.kernels.w4a8_linear.gluon import Gluon
@@ -139,12 +140,7 @@ class Plan:
             InputError: A tensor has the wrong dtype, shape or device, or values outside its range.
         """
         check_weight(self.problem, codes, scale, group_scale)
-        entries = {
-            f"{layout}.{name}": tensor
-            for layout, implementation in self.schedule.layouts().items()
-            for name, tensor in implementation.prepare(self.problem, codes, scale, group_scale).items()
-        }
-        return Operand(entries)
+        return prepare_layouts(self.schedule, self.problem, codes, scale, group_scale)
 
     def linear(
         self,
@@ -174,16 +170,7 @@ class Plan:
         problem = self.problem
         out_dtype = problem.output_dtype if out_dtype is None else out_dtype
         check_inputs(problem, x_codes, x_scale, x_zero_point, bias, out_dtype)
-        chosen = self.schedule.implementation(x_codes.shape[0])
-        tensors = operand.layout(chosen.layout)
-        check(
-            bool(tensors) and all(t.device == x_codes.device for t in tensors.values()),
-            "operand",
-            sorted(operand.entries),
-            f"does not hold the layout {chosen.layout!r} on {x_codes.device}",
-            PLACE,
-            "prepare it with this plan and move it to the inputs' device",
-        )
+        chosen, tensors = select(self.schedule, operand, x_codes, PLACE)
         return torch.ops.quattuor.w4a8_linear(
             x_codes,
             x_scale,
