@@ -5,6 +5,7 @@ from itertools import pairwise
 
 import pytest
 import torch
+from tiny_models import tiny_model
 
 from quattuor.formats import Integer, MidRise
 from quattuor.granularity import PerChannel, PerTensor
@@ -145,8 +146,8 @@ def test_bits_are_those_of_the_stored_tensors() -> None:
     assert tensor.bits_per_weight * 64 * 96 == bits
 
 
-def test_linears_of_one_site_have_bases_of_their_own(tiny) -> None:
-    model = tiny("llama")
+def test_linears_of_one_site_have_bases_of_their_own() -> None:
+    model = tiny_model("llama", num_hidden_layers=1)
     with torch.no_grad():
         expected = model(TOKENS).logits
     quantize(model, quip(4), TOKENS)
@@ -156,19 +157,19 @@ def test_linears_of_one_site_have_bases_of_their_own(tiny) -> None:
     attention = model.model.layers[0].self_attn
     query, key = attention.q_proj.tensor.input_map, attention.k_proj.tensor.input_map
     assert not torch.equal(query.gather, key.gather)
-    again = tiny("llama")
+    again = tiny_model("llama", num_hidden_layers=1)
     quantize(again, quip(4), TOKENS)
     assert torch.equal(again.model.layers[0].self_attn.q_proj.tensor.packed, attention.q_proj.tensor.packed)
 
 
 @pytest.mark.parametrize("bits", [2, 4])
-def test_two_bit_model_beats_column_feedback_without_incoherence(tiny, bits) -> None:
+def test_model_beats_column_feedback_without_incoherence(bits) -> None:
     errors = {}
     plain = WeightQuantizer(
         number_format=Integer(bits, symmetric=False), granularity=PerChannel(), scales=AbsMax(), solver=GPTQ()
     )
     for name, recipe in (("quip", quip(bits)), ("gptq", Recipe(weights=plain))):
-        model = tiny("llama")
+        model = tiny_model("llama", num_hidden_layers=1)
         with torch.no_grad():
             expected = model(TOKENS).logits
         quantize(model, recipe, TOKENS)
