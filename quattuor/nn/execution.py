@@ -152,7 +152,7 @@ class DecodedExecution(Execution):
         keeps: Whether the decoded codes stay in memory as float32.
         is_forced: Whether the caller named the implementation.
         tensor: The packed weight, once prepared.
-        weight: Its decoded codes, when they are kept.
+        weight: Its decoded codes and delta, when they are kept.
     """
 
     keeps: bool
@@ -160,14 +160,19 @@ class DecodedExecution(Execution):
     tensor: QuantizedTensor | None = None
     weight: Tensor | None = None
 
+    @property
+    def adds_delta(self) -> bool:
+        """The delta is part of the decoded weight."""
+        return True
+
     def prepared(self, tensor: QuantizedTensor) -> "DecodedExecution":
         """Keep the packed weight, and its decoded form if that is the choice."""
-        return replace(self, tensor=tensor, weight=tensor.decode_codes() if self.keeps else None)
+        return replace(self, tensor=tensor, weight=_with_delta(tensor) if self.keeps else None)
 
     def linear(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """Multiply in float32, round once."""
         assert self.tensor is not None, "prepared comes first"
-        weight_NK = self.tensor.decode_codes() if self.weight is None else self.weight
+        weight_NK = _with_delta(self.tensor) if self.weight is None else self.weight
         y = x.float() @ weight_NK.T
         return (y if bias is None else y + bias.float()).to(out_dtype)
 
@@ -179,6 +184,12 @@ class DecodedExecution(Execution):
         else:
             kept = "reference is forced" if self.is_forced else "takes more memory than the original layer"
         return [Row("0+", "float32", self.keeps, kept), Row("0+", "reference", not self.keeps, decoded)]
+
+
+def _with_delta(tensor: QuantizedTensor) -> Tensor:
+    """Return the weight between the maps, [N, K] float32."""
+    weight_NK = tensor.decode_codes()
+    return weight_NK if tensor.delta is None else weight_NK + tensor.delta.dense(tensor.shape)
 
 
 def make_execution(
@@ -216,7 +227,9 @@ def make_execution(
         )
     if activations is None and isinstance(tensor.number_format, Codebook | BinaryCoding):
         return TableExecution(lut_linear.plan(_table_problem(tensor, dtype, device), force))
-    if activations is None and not isinstance(tensor.number_format, Integer):
+    # On a CPU the decoded weight is kept anyway, and one dense product is faster than a second, sparse one.
+    is_delta_on_cpu = tensor.delta is not None and device.type == "cpu"
+    if activations is None and (is_delta_on_cpu or not isinstance(tensor.number_format, Integer)):
         return _decoded(tensor.number_format, force, device, name)
     problem = _problem(tensor, activations, dtype, device)
     if activations is None:
