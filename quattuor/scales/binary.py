@@ -10,10 +10,11 @@ from torch import Tensor
 
 from quattuor.errors import InputError, UnsupportedError, compose
 from quattuor.formats.base import Format, Parameters
-from quattuor.formats.binary import BinaryCoding, binary_parameters
+from quattuor.formats.binary import BinaryCoding, binary_parameters, levels
 from quattuor.formats.integer import Integer
 from quattuor.scales.absmax import AbsMax
 from quattuor.scales.base import ScaleDtype, ScaleRule
+from quattuor.scales.clustering import SortedRows
 
 __all__ = ["Alternating", "UniformPlanes"]
 
@@ -173,7 +174,8 @@ class Alternating(ScaleRule):
             # They stay candidates as they are, so that rounding to nearest is never better.
             kept = self._uniform(values, number_format.bits)
             starts.append(kept[-1])
-        refined = [self._refine(values, number_format, start, weight) for start in starts]
+        rows = SortedRows.of(values.flatten(0, 1), weight.flatten(0, 1))
+        refined = [self._refine(rows, number_format, start) for start in starts]
         return [_store(item, self.scale_dtype) for item in (*kept, *refined)]
 
     def _greedy(self, values: Float[Tensor, "R G S"], bits: int, weight: Float[Tensor, "R G S"]) -> Parameters:
@@ -202,39 +204,43 @@ class Alternating(ScaleRule):
             for item in exact_grids
         ]
 
-    def _refine(
-        self,
-        values: Float[Tensor, "R G S"],
-        number_format: BinaryCoding,
-        parameters: Parameters,
-        weight: Float[Tensor, "R G S"],
-    ) -> Parameters:
-        """Run the rounds."""
+    def _refine(self, rows: SortedRows, number_format: BinaryCoding, parameters: Parameters) -> Parameters:
+        """Run the rounds. Elements of a code are a run of the sorted group, so a round looks at codes only."""
+        shape, dtype = parameters["alpha"].shape[:2], parameters["alpha"].dtype
         for _ in range(self.rounds):
-            codes = number_format.encode(values, parameters)
-            solved = _least_squares(values, codes, weight, number_format.bits, self.offset)
+            offset = parameters["offset"].flatten(0, 1).double() if self.offset else None
+            table_PC = levels(parameters["alpha"].flatten(0, 1).double(), offset)
+            solved = _least_squares(rows, table_PC, number_format.bits, self.offset).to(dtype)
             # A negative scale only swaps codes; the next assignment finds them.
-            alpha = solved[..., : number_format.bits].abs()
+            alpha = solved[:, : number_format.bits].abs().view(*shape, -1)
             parameters = Parameters(alpha=alpha)
             if self.offset:
-                parameters = Parameters(alpha=alpha, offset=solved[..., -1])
+                parameters = Parameters(alpha=alpha, offset=solved[:, -1].view(shape))
         return parameters
 
 
 def _least_squares(
-    values: Float[Tensor, "R G S"], codes: Tensor, weight: Float[Tensor, "R G S"], bits: int, offset: bool
-) -> Float[Tensor, "R G terms"]:
-    """Return the scales, and the offset last, that fit the signs of the codes best; solves in float64."""
-    planes = torch.arange(bits, device=codes.device, dtype=torch.uint8)
-    sign_RGSP = ((codes.unsqueeze(-1) >> planes & 1).to(values.dtype) * 2).sub_(1)
+    rows: SortedRows, table: Float[Tensor, "P C"], bits: int, offset: bool
+) -> Float[Tensor, "P terms"]:
+    """Return the scales, and the offset last, that fit the signs best when elements take their nearest numbers."""
+    ascending_PC, order_PC = table.sort(dim=1, stable=True)
+    limits_PC = ((ascending_PC[:, 1:] + ascending_PC[:, :-1]) / 2).contiguous()
+    inner = torch.searchsorted(rows.points, limits_PC)
+    ends = torch.tensor([0, rows.points.shape[1]], device=inner.device).expand(len(inner), 2)
+    bounds = torch.cat([ends[:, :1], inner, ends[:, 1:]], dim=1)
+    weight_PC, moment_PC = (
+        torch.zeros_like(table).scatter_(1, order_PC, sums.gather(1, bounds).diff(dim=1))
+        for sums in (rows.weights, rows.moments)
+    )
+    codes_C = torch.arange(2**bits, device=table.device)
+    sign_CP = ((codes_C[:, None] >> torch.arange(bits, device=table.device)) & 1).to(table.dtype) * 2 - 1
     if offset:
-        sign_RGSP = torch.cat([sign_RGSP, torch.ones_like(sign_RGSP[..., :1])], dim=-1)
-    weighted_RGPS = (sign_RGSP * weight.unsqueeze(-1)).transpose(-1, -2)
-    gram_RGPP = (weighted_RGPS @ sign_RGSP).double()
-    target_RGP1 = (weighted_RGPS @ values.unsqueeze(-1)).double()
-    diagonal = gram_RGPP.diagonal(dim1=-2, dim2=-1)
+        sign_CP = torch.cat([sign_CP, torch.ones_like(sign_CP[:, :1])], dim=1)
+    products_CPP = sign_CP[:, :, None] * sign_CP[:, None, :]
+    gram_PPP = (weight_PC @ products_CPP.flatten(1)).unflatten(1, products_CPP.shape[1:])
+    diagonal = gram_PPP.diagonal(dim1=-2, dim2=-1)
     diagonal += RIDGE * diagonal.mean(dim=-1, keepdim=True)
-    solved: Tensor = torch.linalg.solve(gram_RGPP, target_RGP1).squeeze(-1).to(values.dtype)
+    solved: Tensor = torch.linalg.solve(gram_PPP, (moment_PC @ sign_CP).unsqueeze(-1)).squeeze(-1)
     return solved
 
 
