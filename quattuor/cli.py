@@ -20,8 +20,10 @@ from quattuor.checkpoints import inspect
 from quattuor.checkpoints.source import ModelSource
 from quattuor.cli_arguments import build_recipe, describe_parameters
 from quattuor.cli_bench import bench
+from quattuor.cli_export import convert, export
 from quattuor.cli_progress import Bars
 from quattuor.cli_runs import evaluate_model, generate_text, quantize_model, verify_folder
+from quattuor.cli_serve import serve
 from quattuor.demo import run_demo
 from quattuor.errors import QuattuorError
 from quattuor.evaluation.loading import DtypeName, load_model, resolve_device
@@ -59,6 +61,9 @@ app = typer.Typer(
 )
 
 app.add_typer(bench, name="bench")
+app.command()(export)
+app.command()(convert)
+app.command()(serve)
 
 JsonFile = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:N.")]

@@ -53,6 +53,29 @@ def kernels(
     run_benchmark("benchmarks.kernels.w4a8", arguments, needs_cuda=True)
 
 
+@bench.command()
+def serve(
+    json_file: JsonFile = None,
+    shape: Annotated[str, typer.Option(help="Of the model, whose weights are random.")] = "llama-2-13b",
+    formats: Annotated[
+        str, typer.Option(metavar="NAME,...", help="What to compare.")
+    ] = "quattuor_w4a8,fp16,w8a8,fp8,w4a16",
+    batches: Annotated[str, typer.Option(metavar="N,...", help="Sequences at once.")] = "1,16,64",
+    input_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of a prompt.")] = 1024,
+    output_tokens: Annotated[int, typer.Option(metavar="N", help="Tokens of an answer.")] = 128,
+    devices: Annotated[int, typer.Option(help="GPUs that share the model.")] = 1,
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="For each format.")] = 300.0,
+    profile: Annotated[bool, typer.Option("--profile", help="Also time the kernels of a decode step.")] = False,
+) -> None:
+    """Time whole batches in vLLM against the stock formats: end to end, and to the first token."""
+    check_writable(json_file)
+    arguments = ["--shape", shape, "--formats", formats, "--batches", batches, "--devices", str(devices)]
+    arguments += ["--input", str(input_tokens), "--output", str(output_tokens), "--timeout", str(timeout)]
+    arguments += ["--profile"] if profile else []
+    arguments += [] if json_file is None else ["--json", str(json_file.resolve())]
+    run_benchmark("benchmarks.end_to_end.serve_vllm", arguments, needs_cuda=True)
+
+
 def run_benchmark(module: str, arguments: list[str], *, needs_cuda: bool) -> None:
     """Run a benchmark module of the repository; its output is this process's, and so is its failure.
 
