@@ -13,7 +13,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from quattuor.errors import InputError, compose
+from quattuor.errors import InputError, UnsupportedError, compose
 from quattuor.formats.base import Format, Parameters
 from quattuor.outliers.base import OutlierRule
 from quattuor.quantized_tensor import QuantizedTensor
@@ -66,6 +66,11 @@ class CoordinateDescent(Solver):
         """The Hessian, and what the first solver needs."""
         return self.start.needs | {"hessian"}
 
+    @property
+    def rows_interact(self) -> bool:
+        """As for the first solver."""
+        return self.start.rows_interact
+
     def solve(
         self,
         weight: Float[Tensor, "N K"],
@@ -77,6 +82,16 @@ class CoordinateDescent(Solver):
         weight = weight.to(torch.promote_types(weight.dtype, torch.float32))
         hessian_KK = require_statistic(weight, statistics, "hessian", "CoordinateDescent")
         first = self.start.solve(weight, grid, statistics)
+        if first.tensor.input_map is not None:
+            raise UnsupportedError(
+                compose(
+                    subject="start",
+                    value=self.start,
+                    constraint="stores the columns in an order of its own, which the passes do not follow",
+                    place="CoordinateDescent",
+                    remedy='use GPTQ with order="natural" or groups="static" as the start',
+                )
+            )
         damped_KK = hessian_KK.clone()
         damped_KK.diagonal().add_(self.damping * hessian_KK.diagonal().mean())
         tensor = first.tensor
@@ -92,8 +107,10 @@ class CoordinateDescent(Solver):
     ) -> QuantizedTensor:
         """Multiply each row by its best gain, through the float32 scale that the whole row shares."""
         name = "channel_scale" if "channel_scale" in tensor.parameters else "scale"
+        if not self.refit or name not in tensor.parameters:
+            return tensor
         scale = tensor.parameters[name]
-        if not self.refit or scale.dtype != torch.float32 or scale.shape[0] != weight.shape[0]:
+        if scale.dtype != torch.float32 or scale.shape[0] != weight.shape[0]:
             return tensor
         decoded_NK = tensor.decode().to(weight.dtype)
         image_NK = decoded_NK @ hessian

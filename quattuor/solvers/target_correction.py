@@ -62,6 +62,15 @@ class TargetCorrection(Solver):
         """The Hessian, the correlation with the original inputs, and what the inner solver needs."""
         return self.inner.needs | {"hessian", "cross"}
 
+    @property
+    def rows_interact(self) -> bool:
+        """As for the inner solver."""
+        return self.inner.rows_interact
+
+    def reason_against(self, outliers: OutlierRule) -> str | None:
+        """Accept what the inner solver accepts."""
+        return self.inner.reason_against(outliers)
+
     def solve(
         self,
         weight: Float[Tensor, "N K"],
@@ -88,5 +97,5 @@ class TargetCorrection(Solver):
             )
         drift_NK = weight @ (cross_KK - hessian_KK)
         correction_NK = torch.cholesky_solve(drift_NK.T, lower_KK).T
-        solution = self.inner.solve(weight + self.strength * correction_NK, grid, statistics)
+        solution = self.inner.solve(weight + self.strength * correction_NK, grid, statistics, outliers)
         return replace(solution, error=hessian_error(weight, solution.tensor.decode(), hessian_KK))

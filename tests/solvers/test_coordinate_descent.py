@@ -6,11 +6,11 @@ import torch
 from reference_gptq import damp
 from torch import Tensor
 
-from quattuor.errors import InputError
-from quattuor.formats import Integer, TwoLevelInteger
+from quattuor.errors import InputError, UnsupportedError
+from quattuor.formats import BilevelInteger, Integer, TwoLevelInteger
 from quattuor.granularity import PerChannel, PerGroup
 from quattuor.quantized_tensor import QuantizedTensor
-from quattuor.scales import AbsMax, ClipSearch, Grid, TwoLevel
+from quattuor.scales import AbsMax, Bilevel, ClipSearch, Grid, TwoLevel
 from quattuor.solvers import GPTQ, CoordinateDescent, Nearest
 
 CHANNEL = Grid(number_format=Integer(3), granularity=PerChannel(), scales=AbsMax())
@@ -21,6 +21,7 @@ LEVELS = Grid(
     granularity=PerGroup(8),
     scales=TwoLevel(inner=ClipSearch(num_steps=5, smallest=0.6)),
 )
+BILEVEL = Grid(number_format=BilevelInteger(3, row_group=4), granularity=PerGroup(8), scales=Bilevel())
 
 
 @pytest.fixture
@@ -38,7 +39,11 @@ def damped_errors(weight: Tensor, tensor: QuantizedTensor, statistics: dict[str,
 
 
 @pytest.mark.parametrize("refit", [True, False])
-@pytest.mark.parametrize("grid", [CHANNEL, GROUP, HALF, LEVELS], ids=["channel", "group", "half", "levels"])
+@pytest.mark.parametrize(
+    "grid",
+    [CHANNEL, GROUP, HALF, LEVELS, BILEVEL],
+    ids=["channel", "group", "half", "levels", "bilevel"],
+)
 def test_the_error_of_no_row_rises(grid: Grid, refit: bool, problem: tuple[Tensor, dict[str, Tensor]]) -> None:
     weight, statistics = problem
     for start, gain in ((GPTQ(), 1.0), (Nearest(weighted=True), 0.8)):
@@ -98,3 +103,13 @@ def test_needs_and_options() -> None:
     for options in ({"num_passes": 0}, {"damping": 0.0}):
         with pytest.raises(InputError, match=r"CoordinateDescent: num_passes, damping=.* are out of range; use"):
             CoordinateDescent(**options)
+
+
+def test_start_with_an_order_of_its_own_is_refused(problem: tuple[Tensor, dict[str, Tensor]]) -> None:
+    weight, statistics = problem
+    with pytest.raises(UnsupportedError, match=r"CoordinateDescent: start=GPTQ.* in an order of its own.*natural"):
+        CoordinateDescent(start=GPTQ(groups="fresh")).solve(weight, GROUP, statistics)
+    fresh = GPTQ(groups="fresh", order="natural")
+    before, after = (solver.solve(weight, GROUP, statistics) for solver in (fresh, CoordinateDescent(start=fresh)))
+    assert after.error < before.error
+    assert CoordinateDescent(start=GPTQ(groups="fresh")).rows_interact

@@ -8,8 +8,9 @@ from torch import Tensor
 from quattuor.errors import CalibrationError, InputError
 from quattuor.formats import Integer
 from quattuor.granularity import PerChannel
+from quattuor.outliers import WeakColumns
 from quattuor.scales import AbsMax, Grid
-from quattuor.solvers import GPTQ, Nearest, TargetCorrection
+from quattuor.solvers import GPTQ, OBQ, Nearest, TargetCorrection
 
 GRID = Grid(number_format=Integer(8), granularity=PerChannel(), scales=AbsMax())
 
@@ -74,3 +75,18 @@ def test_refusals(drift: tuple[Tensor, Tensor, Tensor]) -> None:
     for options in ({"strength": 1.5}, {"strength": -0.1}, {"damping": 0.0}):
         with pytest.raises(InputError, match=r"TargetCorrection: strength, damping=.* are out of range"):
             TargetCorrection(**options)
+
+
+def test_outliers_are_the_inner_solvers(drift: tuple[Tensor, Tensor, Tensor]) -> None:
+    weight, original, seen = drift
+    statistics, rule = statistics_of(original, seen), WeakColumns(num_columns=16)
+    solver = TargetCorrection(inner=GPTQ(), damping=1e-4)
+    assert solver.reason_against(rule) is None
+    assert TargetCorrection(inner=OBQ()).reason_against(rule) is not None
+    assert TargetCorrection(inner=GPTQ(groups="fresh")).rows_interact
+    # With all columns kept, the stored weight is the target itself, which gives the original outputs back.
+    decoded = solver.solve(weight, GRID, statistics, rule).tensor.decode()
+    wanted = original @ weight.T
+    kept = float((seen @ decoded.T - wanted).square().sum() / wanted.square().sum())
+    without = float((seen @ weight.T - wanted).square().sum() / wanted.square().sum())
+    assert kept < 0.05 * without
