@@ -13,7 +13,7 @@ from quattuor.kernels.w4a8_linear import measured
 from quattuor.kernels.w4a8_linear.planes import BLOCK_K, PLANE_K, STORED_BITS, HopperTile, mode_of, prepare_planes
 from quattuor.kernels.w4a8_linear.triton import processors
 
-__all__ = ["Gluon", "choose_hopper_tile"]
+__all__ = ["Gluon", "choose_hopper_tile", "working_programs"]
 
 #: Stages that fit in 227 KB of shared memory for tiles of 128 rows, by tokens.
 STAGES = {8: 10, 16: 9, 32: 8, 64: 6, 128: 4}
@@ -41,6 +41,20 @@ def tile_for(problem: LinearProblem, num_tokens: int, device: torch.device) -> H
     if choice is not None and choice.implementation == Gluon.name:
         return choice.tile
     return choose_hopper_tile(num_tokens, problem.out_features, mode_of(problem), processors(device)[0])
+
+
+@functools.lru_cache(maxsize=4096)
+def working_programs(num_tiles: int, num_blocks: int, programs: int) -> int:
+    """Return the most programs, up to a number, of which none is left without work.
+
+    Tiles that do not fill a wave are cut along K into `num_tiles % programs * num_blocks` units, shared evenly.
+    With fewer units than programs some get none, and the owner of a cut tile would wait for them for ever.
+    """
+    for count in range(programs, 1, -1):
+        units = num_tiles % count * num_blocks
+        if units == 0 or units >= count:
+            return count
+    return 1
 
 
 class Gluon(Implementation):
@@ -100,6 +114,9 @@ class Gluon(Implementation):
         if not is_regular or row_stride % 16 or x_codes.data_ptr() % 16:
             x_codes = x_codes.clone(memory_format=torch.contiguous_format)
         tile = tile_for(problem, num_tokens, x_codes.device)
+        num_blocks = -(-problem.in_features // BLOCK_K)
+        num_tiles = -(-problem.out_features // tile.rows) * -(-num_tokens // tile.tokens)
+        programs = processors(x_codes.device)[0] * tile.per_processor
         with torch.cuda.device_of(x_codes):
             launch(
                 x_codes,
@@ -112,8 +129,8 @@ class Gluon(Implementation):
                 out,
                 mode=mode_of(problem),
                 group_size=problem.group_size,
-                num_blocks=-(-problem.in_features // BLOCK_K),
+                num_blocks=num_blocks,
                 tile=tile,
-                programs=processors(x_codes.device)[0] * tile.per_processor,
+                programs=working_programs(num_tiles, num_blocks, programs),
             )
         return out

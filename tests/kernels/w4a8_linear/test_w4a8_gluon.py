@@ -12,7 +12,7 @@ from ahead_of_time import compile_kernel
 
 from quattuor.errors import UnsupportedError
 from quattuor.kernels import w4a8_linear
-from quattuor.kernels.w4a8_linear.gluon import choose_hopper_tile
+from quattuor.kernels.w4a8_linear.gluon import choose_hopper_tile, working_programs
 from quattuor.kernels.w4a8_linear.gluon_kernel import MODES, w4a8_hopper_kernel
 
 LAYOUT = "NVMMASharedLayout(swizzle_byte_width={}, element_bitwidth={}, rank=2)"
@@ -144,3 +144,33 @@ def test_refusals_have_reasons(layer):
 def test_a_layer_of_one_block_compiles_the_kernel_of_longer_layers():
     # with the count of blocks compiled in as 1, Triton 3.6 aborts in the loop over blocks
     assert {"num_blocks", "num_tokens"} <= set(w4a8_hopper_kernel.do_not_specialize)
+
+
+def left_waiting(num_tiles, num_blocks, programs):
+    """Return which program waits for which one that never sets its flag, by the rules of `share` and `consume`."""
+    waves = num_tiles // programs
+    units = (num_tiles - waves * programs) * num_blocks
+    shares = [(me * units // programs, (me + 1) * units // programs) for me in range(programs)]
+    signals = {me for me, (begin, end) in enumerate(shares) if begin < end and begin % num_blocks}
+    stuck = []
+    for me, (begin, end) in enumerate(shares):
+        for tile in range(begin // num_blocks, -(-end // num_blocks) if end > begin else 0):
+            if max(begin, tile * num_blocks) == tile * num_blocks and end < (tile + 1) * num_blocks:
+                final = ((tile + 1) * num_blocks * programs - 1) // units
+                stuck += [(me, other) for other in range(me + 1, final + 1) if other not in signals]
+    return stuck
+
+
+def test_no_program_waits_for_one_without_work():
+    assert left_waiting(5, 3, 132), "a small layer with a program on each multiprocessor"
+    assert left_waiting(400, 20, 132), "2560 tokens of a layer of 5120 by 5120"
+    for num_blocks in (1, 2, 3, 16, 20, 54):
+        for num_tiles in range(1, 700):
+            programs = working_programs(num_tiles, num_blocks, 132)
+            assert not left_waiting(num_tiles, num_blocks, programs), (num_tiles, num_blocks)
+
+
+def test_few_programs_are_lost():
+    assert working_programs(400, 20, 132) == 131
+    assert working_programs(5, 3, 132) == 15
+    assert all(working_programs(num_tiles, 20, 132) >= 126 for num_tiles in range(132, 700))
