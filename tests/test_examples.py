@@ -11,6 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 
+from quattuor.kernels.dispatch import TOKEN_RANGES
+
 EXAMPLES = Path(__file__).parents[1] / "examples"
 
 
@@ -48,7 +50,7 @@ def test_load_and_explain(packed: tuple[Path, str], capsys: pytest.CaptureFixtur
     run("load_and_explain.py", str(packed[0]))
     printed = capsys.readouterr().out
     assert "model.layers.0.self_attn.q_proj: TwoLevelInteger(bits=4) PerGroup(group_size=32)" in printed
-    assert printed.count("->") == 4, "one implementation is chosen for each of the four token ranges"
+    assert printed.count("->") == len(TOKEN_RANGES), "one implementation is chosen for each range of token counts"
     assert "equal to the reference kernel: True" in printed
 
 
