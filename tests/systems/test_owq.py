@@ -53,7 +53,7 @@ def test_without_columns_it_is_gptq(tiny: Callable[[str], PreTrainedModel]) -> N
         assert torch.equal(module.tensor.decode(), packed(second)[name].tensor.decode())
 
 
-@pytest.mark.parametrize("target", [3.5, 4.5])
+@pytest.mark.parametrize("target", [4.0])
 def test_budget_of_a_model_is_spent(target: float, tiny: Callable[[str], PreTrainedModel]) -> None:
     model = tiny("llama")
     quantize(model, owq(3, target_bits=target), TOKENS)

@@ -15,7 +15,7 @@ from quattuor.nn.linear import QuantizedLinear
 from quattuor.outliers import ErrorThreshold
 from quattuor.quantize import quantize
 from quattuor.scales import Bilevel
-from quattuor.solvers import GPTQ
+from quattuor.solvers import GPTQ, WeightToQuantize
 from quattuor.systems import spqr
 
 TOKENS = torch.randint(0, 255, (4, 48), generator=torch.Generator().manual_seed(5))
@@ -61,10 +61,14 @@ def test_measured_bits_are_those_of_the_formula(tiny: Callable[[str], PreTrained
     assert 0 < sum(shares) / len(shares) < 0.1
 
 
-def test_static_groups_permute_nothing(tiny: Callable[[str], PreTrainedModel]) -> None:
-    model = tiny("llama")
-    quantize(model, spqr(groups="static"), TOKENS)
-    assert all(m.tensor.input_map is None for m in model.modules() if isinstance(m, QuantizedLinear))
+def test_static_groups_permute_nothing(generator: torch.Generator) -> None:
+    weight, x = torch.randn(16, 32, generator=generator), torch.randn(90, 32, generator=generator)
+    item, statistics = WeightToQuantize(name="w", weight=weight), {"hessian": x.T @ x}
+    maps = [
+        spqr(groups=groups).weights.solve([item], statistics)[0].tensor.input_map for groups in ("static", "fresh")
+    ]
+    assert maps[0] is None
+    assert maps[1] is not None
 
 
 def test_row_group_that_does_not_divide(tiny: Callable[[str], PreTrainedModel]) -> None:
