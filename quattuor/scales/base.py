@@ -35,7 +35,7 @@ class ScaleRule(ABC):
         return frozenset()
 
     def given(self, statistics: Mapping[str, Tensor], granularity: Granularity) -> "ScaleRule":
-        """Return the rule that `fit` is called on, which may hold statistics; the rule itself when it needs none."""
+        """Return the rule that `fit` is called on, which may hold statistics; itself when it needs none."""
         return self
 
     @abstractmethod
