@@ -10,7 +10,9 @@ from jaxtyping import Int64
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from quattuor.checkpoints.layouts import quantization_config
 from quattuor.checkpoints.native import CheckpointWriter
+from quattuor.checkpoints.skeleton import quantized_linears
 from quattuor.checkpoints.source import ModelSource
 from quattuor.checkpoints.streaming import StreamingStore
 from quattuor.pipeline.block import Stream, quantize_block_, rotate_block_, smooth_block_
@@ -94,7 +96,16 @@ def quantize(
         logger.info("%s %s %.1fs %d bytes", prefix, note, elapsed_s, report.peak_memory_bytes)
         progress.advance("blocks", note=note)
     progress.finish("blocks")
+    if isinstance(store, InMemory):
+        _describe_in_config_(model, recipe)
     return report
+
+
+def _describe_in_config_(model: PreTrainedModel, recipe: Recipe) -> None:
+    """Say in the configuration what is packed, so that whoever saves the model writes a folder that loads."""
+    layouts = {name: module.layout for name, module in quantized_linears(model).items()}
+    if layouts:
+        model.config.quantization_config = quantization_config(layouts, recipe)
 
 
 def quantize_to_folder(

@@ -20,7 +20,9 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from quattuor.checkpoints import save_pretrained
 from quattuor.errors import CheckpointError, UnsupportedError
 from quattuor.nn.linear import QuantizedLinear
+from quattuor.quantize import quantize
 from quattuor.serving import transformers as serving
+from quattuor.systems import qqq
 
 TOKENS = torch.arange(24).reshape(2, 12)
 Tiny = Callable[[str], PreTrainedModel]
@@ -87,6 +89,21 @@ def test_every_family_loads_bit_for_bit(family: str, tiny: Tiny, tmp_path: Path)
     assert_same_state(model, loaded)
     tied = loaded.get_output_embeddings().weight is loaded.get_input_embeddings().weight
     assert tied == model.config.tie_word_embeddings
+
+
+@pytest.mark.parametrize("family", ["llama", "llama_tied"])
+@pytest.mark.parametrize("by", ["transformers", "quattuor"])
+def test_a_model_quantized_in_memory_is_saved_by_either(family: str, by: str, tiny: Tiny, tmp_path: Path) -> None:
+    model = tiny(family)
+    quantize(model, qqq(num_passes=0), TOKENS)
+    if by == "transformers":
+        model.save_pretrained(tmp_path / "packed")
+    else:
+        save_pretrained(model, tmp_path / "packed")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "packed")
+    assert_same_state(model, loaded)
+    with torch.no_grad():
+        assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
 
 
 def test_an_untied_head_stays_untied(tiny: Tiny, tmp_path: Path) -> None:
