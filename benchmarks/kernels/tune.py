@@ -28,6 +28,7 @@ from quattuor.kernels import w4a8_linear
 from quattuor.kernels.dispatch import TOKEN_RANGES, LinearProblem, describe_device
 from quattuor.kernels.token_quantize import token_quantize
 from quattuor.kernels.w4a8_linear import gluon_kernel, measured, triton_kernel
+from quattuor.kernels.w4a8_linear.gluon import working_programs
 from quattuor.kernels.w4a8_linear.planes import BLOCK_K, HopperTile, Tile, mode_of, prepare_planes
 
 __all__ = ["candidates", "choose", "main"]
@@ -112,7 +113,8 @@ def launch(problem: LinearProblem, tile: Tile | HopperTile, batch: Batch, tensor
         triton_kernel.launch(*arguments, tensors["arrivals"], None, out, **shared)
     else:
         num_blocks = -(-problem.in_features // BLOCK_K)
-        programs = PROCESSORS * tile.per_processor
+        num_tiles = -(-problem.out_features // tile.rows) * -(-batch.x.shape[0] // tile.tokens)
+        programs = working_programs(num_tiles, num_blocks, PROCESSORS * tile.per_processor)
         gluon_kernel.launch(
             *arguments, tensors["arrivals"], None, out, **shared, num_blocks=num_blocks, programs=programs
         )
