@@ -139,8 +139,9 @@ class QuantizedLinear(nn.Module):
         packed = self.get_buffer("packed")
         key = (device, dtype, self.force, packed.data_ptr(), packed._version)
         if self._prepared_for != key or self._execution is None:
-            self._execution = self._make_execution(device, dtype).prepared(self.tensor)
-            self._extras = self.tensor if self.layout.extras else None
+            tensor = self.tensor
+            self._execution = self._make_execution(device, dtype).prepared(tensor)
+            self._extras = tensor if self.layout.extras else None
             self._prepared_for = key
         return self._execution, self._extras
 
