@@ -110,8 +110,8 @@ def rms_norm_quantize(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Add the residual, normalize by the root mean square, and quantize each token, reading it once.
 
-    h = x + residual, rounded to the dtype of x; n = h / sqrt(mean_k h^2 + eps) * weight in float32; codes and
-    scale of n as in `token_quantize`. Unlike separate steps, n is not rounded to the dtype of x in between.
+    h = x + residual; n = h / sqrt(mean_k h^2 + eps); codes and scale of n * weight as in `token_quantize`. Each of
+    h, n and n * weight is computed in float32 and rounded to the dtype of x, as separate modules would.
 
     Args:
         x: float16, bfloat16 or float32 [M, K]; M may be 0; any strides.
@@ -135,7 +135,10 @@ def rms_norm_quantize(
 
 
 def silu_mul_quantize(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Gate and quantize each token: codes and scale of silu(gate) * up, computed in float32.
+    """Gate and quantize each token: codes and scale of silu(gate) * up.
+
+    The gate and the product are each computed in float32 and rounded to the dtype of `gate`, as separate modules
+    would.
 
     Args:
         gate: float16, bfloat16 or float32 [M, K]; M may be 0; any strides, so halves of one tensor will do.

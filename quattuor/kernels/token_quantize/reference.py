@@ -30,16 +30,18 @@ def rms_norm_quantize_tokens(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return codes and scales of the normalized tokens, and the tokens with the residual added.
 
-    hidden = x + residual, rounded to the dtype of x; n = hidden * rsqrt(mean hidden^2 + eps) * weight in float32,
-    quantized without rounding n to the dtype of x in between.
+    hidden = x + residual, n = hidden * rsqrt(mean hidden^2 + eps) and n * weight are each computed in float32 and
+    rounded to the dtype of x, as separate modules would.
     """
     hidden = x.clone() if residual is None else (x.float() + residual.float()).to(x.dtype)
     hidden_MK = hidden.float()
     inverse_M = torch.rsqrt(hidden_MK.square().mean(dim=1) + eps)
-    codes, scale = quantize_tokens(hidden_MK * inverse_M[:, None] * weight.float())
+    normalized_MK = (hidden_MK * inverse_M[:, None]).to(x.dtype)
+    codes, scale = quantize_tokens((normalized_MK.float() * weight.float()).to(x.dtype))
     return codes, scale, hidden.contiguous()
 
 
 def silu_mul_quantize_tokens(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Return codes and scales of silu(gate) * up, computed in float32."""
-    return quantize_tokens(torch.nn.functional.silu(gate.float()) * up.float())
+    """Return codes and scales of silu(gate) * up, each computed in float32 and rounded to the dtype of `gate`."""
+    gated = torch.nn.functional.silu(gate.float()).to(gate.dtype)
+    return quantize_tokens((gated.float() * up.float()).to(gate.dtype))

@@ -1,15 +1,26 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operations in Triton: one program per token. Plain quantization gives the bits of the reference."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 __all__ = ["quantize_tokens", "rms_norm_quantize_tokens", "silu_mul_quantize_tokens"]
 
 #: Elements that a program holds in registers at once; longer tokens are walked in several steps.
 MAX_BLOCK = 16384
+
+
+@triton.jit
+def join_chain(OVERLAP: tl.constexpr):
+    """Let the next kernel start, then wait for the data of the one before."""
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
 
 
 @triton.jit
@@ -42,8 +53,11 @@ def round_codes(value, step):
 
 
 @triton.jit
-def token_quantize_kernel(x, codes, scale, K, stride_x, BLOCK: tl.constexpr, IS_WHOLE: tl.constexpr):
+def token_quantize_kernel(
+    x, codes, scale, K, stride_x, BLOCK: tl.constexpr, IS_WHOLE: tl.constexpr, OVERLAP: tl.constexpr
+):
     """Codes and scale of one token; IS_WHOLE when a block holds it, which is then read once."""
+    join_chain(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     x += token * stride_x
     column = tl.arange(0, BLOCK)
@@ -61,9 +75,16 @@ def token_quantize_kernel(x, codes, scale, K, stride_x, BLOCK: tl.constexpr, IS_
 
 
 @triton.jit
+def scaled(value, weight, column, inverse, K, dtype: tl.constexpr):
+    """value * inverse * weight, in this order, each product rounded to the dtype of the tokens."""
+    normalized = (value * inverse).to(dtype).to(tl.float32)
+    return (normalized * load_row(weight, column, K)).to(dtype).to(tl.float32)
+
+
+@triton.jit
 def normalized(hidden, weight, column, inverse, K):
-    """hidden * inverse * weight, in this order."""
-    return load_row(hidden, column, K) * inverse * load_row(weight, column, K)
+    """Part of a normalized token, read back."""
+    return scaled(load_row(hidden, column, K), weight, column, inverse, K, hidden.dtype.element_ty)
 
 
 @triton.jit
@@ -92,11 +113,13 @@ def rms_norm_quantize_kernel(
     HAS_RESIDUAL: tl.constexpr,
     BLOCK: tl.constexpr,
     IS_WHOLE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Residual sum, codes and scale of one normalized token; each thread re-reads only what it wrote.
 
     IS_WHOLE when a block holds the token, which then stays in registers.
     """
+    join_chain(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     x += token * stride_x
     residual += token * stride_residual
@@ -108,7 +131,7 @@ def rms_norm_quantize_kernel(
         value = add_residual(x, residual, hidden, start + column, K, HAS_RESIDUAL)
         squares += value * value
     inverse = tl.rsqrt(tl.sum(squares) / K + eps)
-    first = first * inverse * load_row(weight, column, K)
+    first = scaled(first, weight, column, inverse, K, hidden.dtype.element_ty)
     largest = magnitude(first)
     for start in range(BLOCK, K, BLOCK):
         largest = tl.maximum(largest, magnitude(normalized(hidden, weight, start + column, inverse, K)))
@@ -124,16 +147,28 @@ def rms_norm_quantize_kernel(
 
 @triton.jit
 def gated(gate, up, column, K):
-    """silu(gate) * up."""
+    """silu(gate) * up, both rounded to the dtype of the tokens."""
     value = load_row(gate, column, K)
-    return value / (1.0 + tl.exp(-value)) * load_row(up, column, K)
+    dtype: tl.constexpr = gate.dtype.element_ty
+    activated = (value / (1.0 + tl.exp(-value))).to(dtype).to(tl.float32)
+    return (activated * load_row(up, column, K)).to(dtype).to(tl.float32)
 
 
 @triton.jit
 def silu_mul_quantize_kernel(
-    gate, up, codes, scale, K, stride_gate, stride_up, BLOCK: tl.constexpr, IS_WHOLE: tl.constexpr
+    gate,
+    up,
+    codes,
+    scale,
+    K,
+    stride_gate,
+    stride_up,
+    BLOCK: tl.constexpr,
+    IS_WHOLE: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """Codes and scale of one gated token; IS_WHOLE when a block holds it, which is then read once."""
+    join_chain(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     gate += token * stride_gate
     up += token * stride_up
@@ -162,10 +197,24 @@ def rows_contiguous(x: Tensor) -> Tensor:
     return x if x.stride(1) == 1 else x.contiguous()
 
 
-def block_options(in_features: int) -> dict[str, int]:
-    """Return the block that covers a token or the largest allowed, with warps to match."""
+@functools.cache
+def overlaps(device: torch.device) -> bool:
+    """Return whether kernels of a device can start while the one before them drains."""
+    return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def launch_options(x: Tensor) -> dict[str, int | bool]:
+    """Return the block that covers a token or the largest allowed, with warps to match, and how to start."""
+    in_features, overlap = x.shape[1], overlaps(x.device)
     block = min(MAX_BLOCK, max(128, triton.next_power_of_2(in_features)))
-    return {"BLOCK": block, "IS_WHOLE": in_features <= block, "num_warps": max(1, min(16, block // 512))}
+    options: dict[str, int | bool] = {
+        "BLOCK": block,
+        "IS_WHOLE": in_features <= block,
+        "OVERLAP": overlap,
+        "num_warps": max(1, min(16, block // 512)),
+        "launch_pdl": overlap,
+    }
+    return options
 
 
 def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -176,9 +225,7 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
         return codes, scale.zero_()
     if num_tokens:
         x = rows_contiguous(x)
-        token_quantize_kernel[(num_tokens,)](
-            x, codes, scale, in_features, x.stride(0), **block_options(in_features)
-        )
+        token_quantize_kernel[(num_tokens,)](x, codes, scale, in_features, x.stride(0), **launch_options(x))
     return codes, scale
 
 
@@ -204,7 +251,7 @@ def rms_norm_quantize_tokens(
             other.stride(0),
             eps,
             HAS_RESIDUAL=residual is not None,
-            **block_options(in_features),
+            **launch_options(x),
         )
     return codes, scale, hidden
 
@@ -216,6 +263,6 @@ def silu_mul_quantize_tokens(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     if num_tokens:
         gate, up = rows_contiguous(gate), rows_contiguous(up)
         silu_mul_quantize_kernel[(num_tokens,)](
-            gate, up, codes, scale, in_features, gate.stride(0), up.stride(0), **block_options(in_features)
+            gate, up, codes, scale, in_features, gate.stride(0), up.stride(0), **launch_options(gate)
         )
     return codes, scale

@@ -70,9 +70,11 @@ def test_rms_norm_is_fused_in_the_right_order(dtype, shape, has_residual):
     codes, scale, hidden = rms_norm_quantize(x, weight, 1e-6, residual if has_residual else None)
     assert torch.equal(hidden, x + residual if has_residual else x)
     assert hidden.data_ptr() != x.data_ptr() or shape[0] == 0
-    exact = torch.nn.functional.rms_norm(hidden.double(), shape[1:], weight.double(), 1e-6)
-    error = (codes.double() * scale.double()[:, None] - exact).abs()
-    assert (error <= 0.5001 * scale[:, None]).all()
+    norm = torch.nn.functional.rms_norm(hidden.float(), shape[1:], None, 1e-6).to(dtype)
+    separate = (norm.float() * weight).to(dtype).double()
+    error = (codes.double() * scale.double()[:, None] - separate).abs()
+    rounding = 2 * torch.finfo(dtype).eps * separate.abs()  # of a norm whose squares are summed in another order
+    assert (error <= 0.5001 * scale[:, None] + rounding).all()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
@@ -80,9 +82,9 @@ def test_silu_mul_takes_halves_of_one_tensor(dtype):
     both = torch.randn(9, 200).to(dtype)
     gate, up = both.chunk(2, dim=1)
     codes, scale = silu_mul_quantize(gate, up)
-    exact = torch.nn.functional.silu(gate.double()) * up.double()
-    assert ((codes.double() * scale.double()[:, None] - exact).abs() <= 0.5001 * scale[:, None]).all()
-    assert (codes.abs().amax(dim=1) == 127).all()
+    separate = torch.nn.functional.silu(gate.float()).to(dtype) * up
+    for found, expected in zip((codes, scale), token_quantize(separate), strict=True):
+        assert torch.equal(found, expected)
 
 
 def test_wrong_inputs_of_fused_functions_are_refused():
