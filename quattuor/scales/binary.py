@@ -20,6 +20,8 @@ __all__ = ["Alternating", "UniformPlanes"]
 
 # Relative to the mean of the diagonal: splits the scale between planes that coincide, and moves no other.
 RIDGE = 1e-9
+# With more planes alternation from the greedy start ends far above that from the uniform grid.
+MAX_GREEDY_BITS = 5
 
 
 def require_binary(number_format: Format, place: str) -> BinaryCoding:
@@ -85,11 +87,12 @@ class Alternating(ScaleRule):
 
     The error of a group never rises from round to round. It is a local search: from the greedy start it may end
     above rounding to nearest at 5 bits and more. It is therefore also run from a uniform grid (the asymmetric one,
-    given an offset), and each group keeps the best of both and of the uniform grids themselves, as stored. With an
-    offset the error is never above that of `AbsMax` with the same `scale_dtype` on a symmetric grid.
+    given an offset), from 6 bits on from that alone, and each group keeps the best of all and of the uniform grids
+    themselves, as stored. With an offset the error, weighted by the importance, is never above that of `AbsMax`
+    with the same `scale_dtype` on a symmetric grid. Groups whose scales no longer move are left alone.
 
     Args:
-        rounds: Rounds of alternation; 0 keeps the starts.
+        rounds: Rounds of alternation at most; 0 keeps the starts.
         offset: Whether the sum has a constant term, 16 bits per group.
         start: "best", or only the "greedy" one, as the authors' code does.
         weighted: Use the importance that the solver offers.
@@ -150,7 +153,7 @@ class Alternating(ScaleRule):
                     for name, old in best.items()
                 }
             )
-        assert best is not None, "the greedy start is always a candidate"
+        assert best is not None, "there is at least one start"
         return best
 
     def error(
@@ -168,12 +171,14 @@ class Alternating(ScaleRule):
         self, values: Float[Tensor, "R G S"], number_format: BinaryCoding, weight: Float[Tensor, "R G S"]
     ) -> list[Parameters]:
         """Return what the groups choose from, as stored."""
-        starts = [self._greedy(values, number_format.bits, weight)]
+        starts: list[Parameters] = []
         kept: list[Parameters] = []
         if self.start == "best" and number_format.bits > 1:
             # They stay candidates as they are, so that rounding to nearest is never better.
             kept = self._uniform(values, number_format.bits)
             starts.append(kept[-1])
+        if not starts or number_format.bits <= MAX_GREEDY_BITS:
+            starts.insert(0, self._greedy(values, number_format.bits, weight))
         rows = SortedRows.of(values.flatten(0, 1), weight.flatten(0, 1))
         refined = [self._refine(rows, number_format, start) for start in starts]
         return [_store(item, self.scale_dtype) for item in (*kept, *refined)]
@@ -206,17 +211,24 @@ class Alternating(ScaleRule):
 
     def _refine(self, rows: SortedRows, number_format: BinaryCoding, parameters: Parameters) -> Parameters:
         """Run the rounds. Elements of a code are a run of the sorted group, so a round looks at codes only."""
-        shape, dtype = parameters["alpha"].shape[:2], parameters["alpha"].dtype
+        bits, dtype = number_format.bits, parameters["alpha"].dtype
+        scales_PT = parameters["alpha"].flatten(0, 1)
+        if self.offset:
+            scales_PT = torch.cat([scales_PT, parameters["offset"].flatten().unsqueeze(-1)], dim=1)
+        active = torch.arange(len(scales_PT), device=scales_PT.device)
         for _ in range(self.rounds):
-            offset = parameters["offset"].flatten(0, 1).double() if self.offset else None
-            table_PC = levels(parameters["alpha"].flatten(0, 1).double(), offset)
-            solved = _least_squares(rows, table_PC, number_format.bits, self.offset).to(dtype)
+            part, current = rows.at(active), scales_PT[active]
+            table_PC = levels(current[:, :bits].double(), current[:, bits].double() if self.offset else None)
+            solved = _least_squares(part, table_PC, bits, self.offset).to(dtype)
             # A negative scale only swaps codes; the next assignment finds them.
-            alpha = solved[:, : number_format.bits].abs().view(*shape, -1)
-            parameters = Parameters(alpha=alpha)
-            if self.offset:
-                parameters = Parameters(alpha=alpha, offset=solved[:, -1].view(shape))
-        return parameters
+            solved[:, :bits].abs_()
+            scales_PT[active] = solved
+            active = active[(solved != current).any(dim=1)]
+            if not active.numel():
+                break
+        shape = parameters["alpha"].shape
+        refined = Parameters(alpha=scales_PT[:, :bits].reshape(shape))
+        return Parameters(**refined, offset=scales_PT[:, bits].reshape(shape[:2])) if self.offset else refined
 
 
 def _least_squares(

@@ -66,6 +66,10 @@ class SortedRows:
             moments=torch.cat([zero_R1, (weight_RS * points_RS).cumsum(dim=1)], dim=1),
         )
 
+    def at(self, rows: Int64[Tensor, " _"]) -> "SortedRows":
+        """Return some of the rows."""
+        return SortedRows(points=self.points[rows], weights=self.weights[rows], moments=self.moments[rows])
+
     def centroids(
         self, bounds: Int64[Tensor, "R bounds"], otherwise: Float[Tensor, "R C"] | None = None
     ) -> Float[Tensor, "R C"]:
@@ -120,7 +124,7 @@ def improve_bounds(
     """
     bounds, active = bounds.clone(), torch.arange(len(bounds), device=bounds.device)
     for _ in range(num_rounds):
-        part = SortedRows(points=rows.points[active], weights=rows.weights[active], moments=rows.moments[active])
+        part = rows.at(active)
         moved = _best_in_windows(part, bounds[active], reach)
         is_better = total_gain(part, moved) > total_gain(part, bounds[active])
         active, moved = active[is_better], moved[is_better]

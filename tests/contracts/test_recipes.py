@@ -88,6 +88,8 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         {"rounds": 0},
         {"offset": False},
         {"uniform": True},
+        *({"rounding": rounding} for rounding in ("weighted", "nearest")),
+        {"sequential": False, "damping": 0.1},
     ],
 }
 

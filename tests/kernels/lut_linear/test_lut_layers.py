@@ -13,9 +13,9 @@ from quattuor.systems import lut_gemm, squeezellm
 CASES = [
     (squeezellm(3, sensitive_share=0.01, large_share=0.02), ("float32", "reference")),
     (squeezellm(4, 32, sensitive_share=0.0, large_share=0.0), ("float32", "reference")),
-    (lut_gemm(2, 32, rounds=2), ("float32", "tables", "reference")),
-    (lut_gemm(3, None, rounds=2, offset=False), ("float32", "tables", "reference")),
-    (lut_gemm(4, 32, uniform=True), ("float32", "tables", "reference")),
+    (lut_gemm(2, 32, rounds=2, rounding="nearest"), ("float32", "tables", "reference")),
+    (lut_gemm(3, None, rounds=2, offset=False, rounding="nearest"), ("float32", "tables", "reference")),
+    (lut_gemm(4, 32, uniform=True, rounding="nearest"), ("float32", "tables", "reference")),
 ]
 
 
