@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published kernels of others, prepared for timing: the package humming-kernels, the CUDA sources of QQQ.
+"""Published kernels of others, prepared for timing: the package humming-kernels, the sources of QQQ and Marlin.
 
-The sources are compiled here, without PyTorch's headers: their entry points take plain pointers. QQQ's kernel is
-timed on random packed weights, since only its speed is asked for.
+The CUDA sources are compiled here, without PyTorch's headers: their entry points take plain pointers. QQQ's and
+Marlin's kernels are timed on random packed weights, since only their speed is asked for.
 """
 
 import ctypes
@@ -10,7 +10,7 @@ import hashlib
 import json
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -19,10 +19,22 @@ from torch import Tensor
 from benchmarks.kernels.timing import Batch, Contender, num_copies
 from quattuor.errors import InputError, compose
 
-__all__ = ["Library", "humming", "load_qqq", "original_qqq"]
+__all__ = [
+    "Library",
+    "check_status",
+    "humming",
+    "load_library",
+    "load_marlin",
+    "load_qqq",
+    "marlin",
+    "original_qqq",
+    "pointer",
+    "stream",
+]
 
-#: Parallel slabs of 64 tokens of the kernel; its locks and buffers are sized by it.
+#: Parallel slabs of 64 tokens of the kernels of QQQ and Marlin; their locks and buffers are sized by it.
 MAX_PARALLEL = 16
+NVCC_OPTIONS = ("-O3", "-std=c++17", "--expt-relaxed-constexpr", "-shared", "-Xcompiler", "-fPIC")
 HUMMING_CONFIGS = (
     ("humming_w4a8", "channel", {"dtype": "int4"}, {"dtype": "int8"}),
     ("humming_w4a8", "group128", {"dtype": "int4", "group_size": 128}, {"dtype": "int8"}),
@@ -32,14 +44,39 @@ HUMMING_CONFIGS = (
 Library = ctypes.CDLL
 
 
-def compile_library(source: Path, end_of_kernel: str, wrapper: str) -> Library:
-    """Compile the part of a CUDA source before a marker, with a C entry point added, and load it.
+def load_library(stem: str, code: str, options: Sequence[str], headers: Path | None = None) -> Library:
+    """Compile a CUDA source unless it lies in the folder of temporary files, named by its content, and load it.
 
-    The library is kept in the folder of temporary files, named by its content.
+    Raises:
+        InputError: The folder of headers lacks cutlass/cutlass.h.
+        CalledProcessError: nvcc refused the source; its messages are on standard error.
+    """
+    folder = Path(tempfile.gettempdir()) / "quattuor_peers"
+    library = folder / f"{stem}_{hashlib.sha256(code.encode()).hexdigest()[:16]}.so"
+    if not library.is_file():
+        if headers is not None and not (headers / "cutlass" / "cutlass.h").is_file():
+            raise InputError(
+                compose(
+                    subject="headers",
+                    value=str(headers),
+                    constraint="holds no cutlass/cutlass.h",
+                    place="benchmarks.kernels.peers",
+                    remedy="name the folder include/ of the repository of CUTLASS",
+                )
+            )
+        folder.mkdir(exist_ok=True)
+        file = library.with_suffix(".cu")
+        file.write_text(code)
+        included = [] if headers is None else [f"-I{headers}"]
+        subprocess.run(["nvcc", *NVCC_OPTIONS, *options, *included, "-o", library, file], check=True)
+    return ctypes.CDLL(str(library))
+
+
+def kernel_source(source: Path, end_of_kernel: str) -> str:
+    """Return the part of a CUDA source before a marker, without the includes of PyTorch.
 
     Raises:
         InputError: The file does not exist or does not contain the marker.
-        CalledProcessError: nvcc refused the source; its messages are on standard error.
     """
     text = source.read_text() if source.is_file() else ""
     if end_of_kernel not in text:
@@ -54,24 +91,7 @@ def compile_library(source: Path, end_of_kernel: str, wrapper: str) -> Library:
         )
     kept = [line for line in text[: text.index(end_of_kernel)].splitlines() if "#include <torch" not in line]
     kept = [line for line in kept if "#include <ATen" not in line]
-    code = "#include <cassert>\n" + "\n".join(kept) + "\n" + wrapper
-    folder = Path(tempfile.gettempdir()) / "quattuor_peers"
-    library = folder / f"{source.stem}_{hashlib.sha256(code.encode()).hexdigest()[:16]}.so"
-    if not library.is_file():
-        folder.mkdir(exist_ok=True)
-        file = library.with_suffix(".cu")
-        file.write_text(code)
-        options = [
-            "-O3",
-            "-std=c++17",
-            "--expt-relaxed-constexpr",
-            "-shared",
-            "-Xcompiler",
-            "-fPIC",
-            "-gencode=arch=compute_90,code=sm_90",
-        ]
-        subprocess.run(["nvcc", *options, "-o", library, file], check=True)
-    return ctypes.CDLL(str(library))
+    return "#include <cassert>\n" + "\n".join(kept) + "\n"
 
 
 def load_qqq(folder: str) -> Library:
@@ -79,7 +99,24 @@ def load_qqq(folder: str) -> Library:
     wrapper = """extern "C" int run(const void* A, const void* B, void* C, void* D, const void* s1, const void* s2,
         const void* s3, int m, int n, int k, void* locks, int group_size, void* stream) {
         return qqq_cuda(A, B, C, D, s1, s2, s3, m, n, k, locks, group_size, 0, (cudaStream_t)stream); }"""
-    return compile_library(Path(folder) / "qqq_gemm.cu", "void qqq_gemm(", wrapper)
+    code = kernel_source(Path(folder) / "qqq_gemm.cu", "void qqq_gemm(") + wrapper
+    return load_library("qqq_gemm", code, ["-gencode=arch=compute_90,code=sm_90"])
+
+
+def load_marlin(folder: str) -> Library:
+    """Compile the W4A16 kernel published as Marlin (marlin/ of its repository), without its cache hints.
+
+    ptxas 13 drops the instruction that makes the hint's operand (issue 44 of the repository), and the copies that
+    read it trap as illegal instructions; without hints the copies are those of the kernel of QQQ.
+    """
+    wrapper = """extern "C" int run(const void* A, const void* B, void* C, void* s, int m, int n, int k,
+        void* locks, int group_size, void* stream) {
+        return marlin_cuda(A, B, C, s, m, n, k, locks, group_size, 0, (cudaStream_t)stream); }
+        #endif"""
+    code = kernel_source(Path(folder) / "marlin_cuda_kernel.cu", "\n#endif")
+    lines = [line for line in code.splitlines() if ".reg .b64 p;" not in line and "createpolicy" not in line]
+    code = "\n".join(lines).replace(".L2::cache_hint [%0], [%1], %2, p;", " [%0], [%1], %2;")
+    return load_library("marlin", code + "\n" + wrapper, ["-gencode=arch=compute_90,code=sm_90"])
 
 
 def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
@@ -129,6 +166,41 @@ def original_qqq(weight: Tensor, library: Library, quantize: object) -> Iterator
                     *(quantize(batch.x) if quantizes else (batch.x_codes, batch.x_scale)), i, scales
                 ),
             )
+
+
+def marlin(weight: Tensor, library: Library) -> Iterator[Contender]:
+    """The W4A16 kernel published as Marlin, groups of 128."""
+    out_features, in_features = weight.shape
+    total = num_copies(weight.numel() // 2)
+    shape = (in_features // 16, out_features * 2)
+    packed = [torch.randint(-(2**31), 2**31 - 1, shape, dtype=torch.int32, device="cuda") for _ in range(total)]
+    group = torch.full((in_features // 128, out_features), 1 / 64, dtype=torch.float16, device="cuda")
+    locks = torch.zeros(out_features // 128 * MAX_PARALLEL, dtype=torch.int32, device="cuda")
+
+    def multiply(batch: Batch, codes: Tensor) -> Tensor:
+        num_tokens = batch.x.shape[0]
+        out = torch.empty(num_tokens, out_features, dtype=torch.float16, device="cuda")
+        tensors = map(pointer, (batch.x, codes, out, group))
+        status = library.run(*tensors, num_tokens, out_features, in_features, pointer(locks), 128, stream())
+        check_status("w4a16_marlin", status)
+        return out
+
+    def gate(batch: Batch) -> str | None:
+        found = multiply(batch, torch.full_like(packed[0], 0xBBBBBBBB - 2**32))  # every weight is 11 - 8
+        expected = (batch.x.float().sum(dim=1, keepdim=True) * 3 / 64).expand_as(found)
+        error = float((found.float() - expected).norm() / expected.norm())
+        return None if error < 2e-3 else f"relative error {error:.4f}"
+
+    yield Contender(
+        name="w4a16_marlin",
+        granularity="group128",
+        includes_activation_quantization=False,
+        copies=total,
+        gate=gate,
+        run=lambda batch, i: multiply(batch, packed[i % total]),
+        # a slab of 64 tokens starts where the one before ended, so that a last slab must be whole
+        takes=lambda num_tokens: num_tokens <= 64 or num_tokens % 64 == 0,
+    )
 
 
 def humming_layers(weight: Tensor, total: int, weight_config: dict, input_config: dict | None) -> list[object]:

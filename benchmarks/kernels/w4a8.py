@@ -6,7 +6,8 @@
 Each contender first passes a correctness gate. Then every contender of a case is captured in a CUDA graph that
 walks over enough copies of its weight to keep the weight cold, and the graphs are replayed in turn; a latency is
 the median over replays, divided by the launches. A contender whose package is not installed is left out; the
-original QQQ kernel is timed when `--qqq` names the folder of its CUDA sources.
+original QQQ kernel, Marlin and CUTLASS are timed when `--qqq`, `--marlin`, `--cutlass` name the folders of their
+sources.
 
 The record is written again after each shape, so that a run cut short leaves what it measured.
 """
@@ -24,6 +25,7 @@ import torch
 from benchmarks import record
 from benchmarks.kernels import peers
 from benchmarks.kernels.contenders import cublas, ours, ours_w4a16
+from benchmarks.kernels.cutlass import cutlass_int8, load_cutlass
 from benchmarks.kernels.timing import Batch, Contender, floor_us, median_latencies
 from benchmarks.shapes import LINEAR_SHAPES, TOKEN_COUNTS
 from quattuor.kernels.token_quantize import token_quantize
@@ -49,6 +51,10 @@ def make_peers(
     """Prepare the contenders of one publisher."""
     if name == "humming":
         return peers.humming(weight, token_counts)
+    if name == "cutlass":
+        return cutlass_int8(weight, load_cutlass(folders[name]), token_quantize)
+    if name == "marlin":
+        return peers.marlin(weight, peers.load_marlin(folders[name]))
     return peers.original_qqq(weight, peers.load_qqq(folders[name]), token_quantize)
 
 
@@ -139,7 +145,7 @@ def run(options: argparse.Namespace) -> list[Row]:
     start = time.monotonic()
     shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
     token_counts = tuple(map(int, options.tokens.split(",")))
-    folders = {"qqq": options.qqq}
+    folders = {"qqq": options.qqq, "marlin": options.marlin, "cutlass": options.cutlass}
     present = peers_that_run(folders)
     if options.processes:
         with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
@@ -190,6 +196,8 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tokens", default=",".join(map(str, TOKEN_COUNTS)))
     parser.add_argument("--processes", type=int, default=0, help="compile beforehand with this many")
     parser.add_argument("--qqq", help="csrc/ of the repository of QQQ")
+    parser.add_argument("--marlin", help="marlin/ of the repository of Marlin")
+    parser.add_argument("--cutlass", help="include/ of the repository of CUTLASS, needed until compiled")
     parser.add_argument("--json", type=Path, help="write the record here instead of benchmarks/results")
     options = parser.parse_args(arguments)
     write(run(options), options.json)

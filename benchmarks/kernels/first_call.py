@@ -1,0 +1,171 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Time the first call of a layer: with an empty cache of compiled kernels, and with what it leaves on disk.
+
+    python -m benchmarks.kernels.first_call [--cases NAME,...] [--processes P] [--json FILE]
+
+Every measurement is a process of its own. Its clock starts after the device is ready and the weight is laid out,
+and stops when the result of the first call is there: importing Triton, compiling, loading and computing all count.
+The record has a row for each case: seconds of both first calls, and what the compiler took for each kernel.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from benchmarks import record
+from quattuor.kernels import lut_linear, token_quantize, w4a8_linear, w4a16_linear
+from quattuor.kernels.dispatch import LinearProblem, describe_device
+from quattuor.kernels.lut_linear.problem import LutProblem
+
+__all__ = ["CASES", "main"]
+
+RECORD = "kernels_first_call"
+OUT_FEATURES = IN_FEATURES = 4096
+Row = dict[str, str | int | float | bool | None]
+Call = Callable[[], object]
+
+
+def integer_layer(num_tokens: int, bits: int, group_size: int | None, force: str | None) -> Call:
+    """Return the first call of a layer with 8-bit activations, their quantization included."""
+    problem = LinearProblem(
+        out_features=OUT_FEATURES,
+        in_features=IN_FEATURES,
+        weight_bits=bits,
+        group_size=group_size,
+        integer_group_scale=group_size is not None,
+        **describe_device("cuda"),
+    )
+    half = 2 ** (bits - 1)
+    codes = torch.randint(-half, half, (OUT_FEATURES, IN_FEATURES), dtype=torch.int8, device="cuda")
+    group_scale = None
+    if group_size is not None:
+        group_scale = torch.ones(OUT_FEATURES, problem.num_groups, dtype=torch.float16, device="cuda")
+    plan = w4a8_linear.plan(problem, force=force)
+    operand = plan.prepare(codes, torch.rand(OUT_FEATURES, device="cuda"), group_scale)
+    x = torch.randn(num_tokens, IN_FEATURES, dtype=torch.float16, device="cuda")
+    return lambda: plan.linear(*token_quantize.token_quantize(x), operand)
+
+
+def float_layer(num_tokens: int, group_size: int) -> Call:
+    """Return the first call of a layer with float16 activations."""
+    problem = LinearProblem(
+        out_features=OUT_FEATURES,
+        in_features=IN_FEATURES,
+        group_size=group_size,
+        activation_bits=16,
+        **describe_device("cuda"),
+    )
+    codes = torch.randint(-8, 8, (OUT_FEATURES, IN_FEATURES), dtype=torch.int8, device="cuda")
+    plan = w4a16_linear.plan(problem, force="triton")
+    operand = plan.prepare(codes, torch.rand(OUT_FEATURES, problem.num_groups, device="cuda"))
+    x = torch.randn(num_tokens, IN_FEATURES, dtype=torch.float16, device="cuda")
+    return lambda: plan.linear(x, operand)
+
+
+def table_layer(num_tokens: int) -> Call:
+    """Return the first call of a layer with a codebook of 16 entries per row."""
+    problem = LutProblem(
+        out_features=OUT_FEATURES,
+        in_features=IN_FEATURES,
+        weight_bits=4,
+        kind="codebook",
+        **describe_device("cuda"),
+    )
+    codes = torch.randint(0, 16, (OUT_FEATURES, IN_FEATURES), dtype=torch.uint8, device="cuda")
+    plan = lut_linear.plan(problem, force="triton")
+    operand = plan.prepare(codes, torch.rand(OUT_FEATURES, 1, 16, device="cuda").half())
+    x = torch.randn(num_tokens, IN_FEATURES, dtype=torch.float16, device="cuda")
+    return lambda: plan.linear(x, operand)
+
+
+#: Case by name; 4-bit layers of 4096 x 4096 unless the name says otherwise.
+CASES: dict[str, Callable[[], Call]] = {
+    "w4a8_triton_1_token": partial(integer_layer, 1, 4, None, "triton"),
+    "w4a8_triton_group128_1_token": partial(integer_layer, 1, 4, 128, "triton"),
+    "w4a8_gluon_16_tokens": partial(integer_layer, 16, 4, None, "gluon"),
+    "w4a8_gluon_1024_tokens": partial(integer_layer, 1024, 4, None, "gluon"),
+    "w4a8_gluon_group128_16_tokens": partial(integer_layer, 16, 4, 128, "gluon"),
+    "w4a8_gluon_group128_1024_tokens": partial(integer_layer, 1024, 4, 128, "gluon"),
+    "w4a8_gluon_3_bits_16_tokens": partial(integer_layer, 16, 3, None, "gluon"),
+    "w8a8_triton_1_token": partial(integer_layer, 1, 8, None, "triton"),
+    "w8a8_triton_1024_tokens": partial(integer_layer, 1024, 8, None, "triton"),
+    "w4a16_triton_group128_1_token": partial(float_layer, 1, 128),
+    "w4a16_triton_group128_1024_tokens": partial(float_layer, 1024, 128),
+    "lut_triton_1_token": partial(table_layer, 1),
+}
+
+
+def run(case: str) -> None:
+    """Print the measurement of one case in this process as a line of JSON."""
+    torch.zeros(1, device="cuda")
+    call = CASES[case]()
+    torch.cuda.synchronize()
+    kernels: dict[str, float] = {}
+    start = time.perf_counter()
+    import triton
+
+    def listen(*, src: Any, times: Any, cache_hit: bool, **_: object) -> None:
+        if not cache_hit:
+            kernels[src.name] = kernels.get(src.name, 0.0) + times.total * 1e-6
+
+    triton.knobs.compilation.listener = listen
+    call()
+    torch.cuda.synchronize()
+    print(json.dumps({"seconds": time.perf_counter() - start, "kernels": kernels}))
+
+
+def measure_case(case: str) -> Row:
+    """Run a case in two processes that share a cache, which is empty for the first."""
+    with tempfile.TemporaryDirectory() as folder:
+        environment = os.environ | {"TRITON_CACHE_DIR": folder}
+        command = [sys.executable, "-m", "benchmarks.kernels.first_call", "--run", case]
+        results = []
+        for _ in range(2):
+            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
+            results.append(json.loads(done.stdout.splitlines()[-1]))
+    first, again = results
+    compiled = ", ".join(f"{name} {seconds:.2f}" for name, seconds in first["kernels"].items())
+    row: Row = {
+        "case": case,
+        "first_call_seconds": round(first["seconds"], 3),
+        "first_call_with_cache_seconds": round(again["seconds"], 3),
+        "compile_seconds": round(sum(first["kernels"].values()), 3),
+        "compile_seconds_by_kernel": compiled,
+    }
+    print(row, flush=True)
+    return row
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure the cases and write the record; one case in this process with --run."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", default=",".join(CASES))
+    parser.add_argument("--processes", type=int, default=3, help="measure so many cases at the same time")
+    parser.add_argument("--json", type=Path, help="write the record here instead of benchmarks/results")
+    parser.add_argument("--run", choices=list(CASES), help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.run:
+        run(options.run)
+        return
+    with ThreadPoolExecutor(options.processes) as pool:
+        rows = list(pool.map(measure_case, options.cases.split(",")))
+    if options.json is None:
+        record.write(RECORD, rows)
+        return
+    record.write(RECORD, rows, folder=options.json.parent)
+    (options.json.parent / f"{RECORD}.json").replace(options.json)
+
+
+if __name__ == "__main__":
+    main()
