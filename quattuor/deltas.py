@@ -17,6 +17,41 @@ from quattuor.errors import InputError, compose
 __all__ = ["DELTAS", "ColumnDelta", "Delta", "ElementDelta"]
 
 
+# An operator, because compilers do not trace sparse tensors.
+torch.library.define(
+    "quattuor::sparse_product",
+    "(Tensor x, Tensor row_offsets, Tensor columns, Tensor values, int out_features) -> Tensor",
+)
+
+
+@torch.library.impl("quattuor::sparse_product", "CompositeExplicitAutograd")
+def _sparse_product(x: Tensor, row_offsets: Tensor, columns: Tensor, values: Tensor, out_features: int) -> Tensor:
+    """Return x [M, K] times a matrix in compressed rows, transposed: float32 [M, N]."""
+    # Coordinates rather than compressed rows: the latter are a beta feature of torch, and warn.
+    sparse_NK = torch.sparse_coo_tensor(
+        torch.stack((_rows_of(row_offsets, values.numel()), columns.long())),
+        values.float(),
+        size=(out_features, x.shape[1]),
+        is_coalesced=True,
+        check_invariants=False,
+    )
+    return (sparse_NK @ x.float().T).T.contiguous()
+
+
+@torch.library.register_fake("quattuor::sparse_product")  # type: ignore[untyped-decorator]
+def _fake_sparse_product(
+    x: Tensor, row_offsets: Tensor, columns: Tensor, values: Tensor, out_features: int
+) -> Tensor:
+    return x.new_empty((x.shape[0], out_features), dtype=torch.float32)
+
+
+def _rows_of(row_offsets: Tensor, count: int) -> Tensor:
+    """Return the row of each of `count` entries in compressed rows, int64."""
+    counts_N = row_offsets.diff().long()
+    rows_N = torch.arange(counts_N.numel(), device=counts_N.device)
+    return rows_N.repeat_interleave(counts_N, output_size=count)  # stated, so that no device is waited for
+
+
 class Delta(ABC):
     """Sparse additions to a matrix [N, K], held in a few tensors."""
 
@@ -105,8 +140,7 @@ class ElementDelta(Delta):
     @property
     def rows(self) -> Tensor:
         """Row of each entry, int64 [nnz]."""
-        counts_N = self.row_offsets.diff().long()
-        return torch.arange(counts_N.numel(), device=counts_N.device).repeat_interleave(counts_N)
+        return _rows_of(self.row_offsets, self.values.numel())
 
     def dense(self, shape: tuple[int, int]) -> Float[Tensor, "N K"]:
         """Return the additions as a matrix, float32."""
@@ -116,15 +150,9 @@ class ElementDelta(Delta):
 
     def matmul(self, x: Float[Tensor, "M K"], out_features: int) -> Float[Tensor, "M N"]:
         """Return x @ dense.T as a sparse product."""
-        # Coordinates rather than compressed rows: the latter are a beta feature of torch, and warn.
-        sparse_NK = torch.sparse_coo_tensor(
-            torch.stack((self.rows, self.columns.long())),
-            self.values.float(),
-            size=(out_features, x.shape[1]),
-            is_coalesced=True,
-            check_invariants=False,
+        product: Tensor = torch.ops.quattuor.sparse_product(
+            x, self.row_offsets, self.columns, self.values, out_features
         )
-        product: Tensor = (sparse_NK @ x.float().T).T
         return product
 
     def tensors(self) -> dict[str, Tensor]:

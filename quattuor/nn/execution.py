@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+import quattuor.nn.operators  # noqa: F401  (registers what compiled graphs call)
 from quattuor.activations.base import ActivationQuantizer
 from quattuor.deltas import ElementDelta
 from quattuor.errors import InputError, UnsupportedError, compose
@@ -53,6 +54,10 @@ class Execution(ABC):
     def linear(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """Return [M, N] for x [M, K]."""
 
+    def traced_linear(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        """Return what `linear` does, in few steps for the compiler that traces them."""
+        return self.linear(x, bias, out_dtype)
+
     @abstractmethod
     def explain(self) -> list[Row]:
         """Return which implementation computes which token counts, and why not the others."""
@@ -60,10 +65,18 @@ class Execution(ABC):
 
 @dataclass(frozen=True, slots=True)
 class IntegerExecution(Execution):
-    """Codes of activations times codes of weights."""
+    """Codes of activations times codes of weights.
+
+    Args:
+        plan: Which kernel computes which token counts.
+        activations: Quantizer of the inputs.
+        is_forced: Whether the caller named the kernel.
+        operand: The weight, once prepared.
+    """
 
     plan: w4a8_linear.Plan
     activations: ActivationQuantizer
+    is_forced: bool = False
     operand: Operand | None = None
 
     def prepared(self, tensor: QuantizedTensor) -> "IntegerExecution":
@@ -82,6 +95,27 @@ class IntegerExecution(Execution):
         codes, scale = self.activations.encode(x)
         return self.plan.linear(codes, scale, self.operand, bias, out_dtype)
 
+    def traced_linear(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        """Quantize the rows, multiply integers in one operator."""
+        problem = self.plan.problem
+        if self.is_forced or out_dtype != problem.output_dtype:
+            return self.linear(x, bias, out_dtype)
+        assert self.operand is not None, "prepared comes first"
+        codes, scale = self.activations.encode(x)
+        y: Tensor = torch.ops.quattuor.packed_w4a8(
+            codes,
+            scale,
+            list(self.operand.entries.values()),
+            ",".join(self.operand.entries),
+            bias,
+            out_dtype,
+            problem.out_features,
+            problem.weight_bits,
+            problem.group_size or 0,
+            problem.integer_group_scale,
+        )
+        return y
+
     def explain(self) -> list[Row]:
         """Return the plan's table."""
         return self.plan.explain()
@@ -89,9 +123,16 @@ class IntegerExecution(Execution):
 
 @dataclass(frozen=True, slots=True)
 class FloatExecution(Execution):
-    """Floating-point activations times uniform codes."""
+    """Floating-point activations times uniform codes.
+
+    Args:
+        plan: Which kernel computes which token counts.
+        is_forced: Whether the caller named the kernel.
+        operand: The weight, once prepared.
+    """
 
     plan: w4a16_linear.Plan
+    is_forced: bool = False
     operand: Operand | None = None
 
     def prepared(self, tensor: QuantizedTensor) -> "FloatExecution":
@@ -106,6 +147,24 @@ class FloatExecution(Execution):
         """Multiply in floating point."""
         assert self.operand is not None, "prepared comes first"
         return self.plan.linear(x, self.operand, bias, out_dtype)
+
+    def traced_linear(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        """Multiply in floating point in one operator."""
+        problem = self.plan.problem
+        if self.is_forced or out_dtype != x.dtype or out_dtype != problem.output_dtype:
+            return self.linear(x, bias, out_dtype)
+        assert self.operand is not None, "prepared comes first"
+        y: Tensor = torch.ops.quattuor.packed_w4a16(
+            x,
+            list(self.operand.entries.values()),
+            ",".join(self.operand.entries),
+            bias,
+            problem.out_features,
+            problem.weight_bits,
+            problem.group_size or 0,
+            problem.zero_point,
+        )
+        return y
 
     def explain(self) -> list[Row]:
         """Return the plan's table."""
@@ -233,8 +292,8 @@ def make_execution(
         return _decoded(tensor.number_format, force, device, name)
     problem = _problem(tensor, activations, dtype, device)
     if activations is None:
-        return FloatExecution(w4a16_linear.plan(problem, force))
-    return IntegerExecution(w4a8_linear.plan(problem, force), activations)
+        return FloatExecution(w4a16_linear.plan(problem, force), force is not None)
+    return IntegerExecution(w4a8_linear.plan(problem, force), activations, force is not None)
 
 
 def _table_problem(tensor: QuantizedTensor, dtype: torch.dtype, device: torch.device) -> lut_linear.LutProblem:

@@ -2,7 +2,7 @@
 """The module that replaces a linear: packed weight, activation quantizer, kernel plan."""
 
 from collections.abc import Callable
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ class QuantizedLinear(nn.Module):
     With an activation quantizer x becomes int8 per token and the product with the codes is one of integers;
     without one the decoded codes meet x in floating point. A delta always does. The kernels are chosen once per
     device (`explain` says which and why); their own weight layout is made on the first call and is not part of the
-    state.
+    state. `torch.compile(fullgraph=True)` traces the call without a break.
 
     Buffers: `packed`, parameters and extras, as in `QuantizedTensor.state`; `bias` when there is one.
     """
@@ -51,9 +51,7 @@ class QuantizedLinear(nn.Module):
             self.register_buffer(key, tensor)
         self.register_buffer("bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None)
         self.force: str | None = None
-        self._execution: Execution | None = None
-        self._extras: QuantizedTensor | None = None
-        self._prepared_for: tuple[object, ...] | None = None
+        self._forget()
 
     @classmethod
     def from_tensor(
@@ -89,10 +87,17 @@ class QuantizedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y in the dtype of x; any number of leading dimensions."""
-        execution, tensor = self._prepared(x.device, x.dtype)
+        if torch.compiler.is_compiling():
+            self._prepare_while_tracing(x.device, x.dtype)
+        else:
+            self._prepare(x.device, x.dtype)
+        execution, tensor = self._execution, self._extras
+        assert execution is not None, "prepared above"
         rows = x.reshape(-1, self.in_features)
         bias = cast(Tensor | None, self.bias)
-        if tensor is None:
+        if tensor is None and torch.compiler.is_compiling():
+            y = execution.traced_linear(rows, bias, x.dtype)
+        elif tensor is None:
             y = execution.linear(rows, bias, x.dtype)
         else:
             y = _with_extras(execution, tensor, rows, bias)
@@ -106,8 +111,13 @@ class QuantizedLinear(nn.Module):
             after = self.get_buffer(key)
             if after.dtype != before.dtype:
                 self._buffers[key] = before.to(after.device)
-        self._execution, self._extras, self._prepared_for = None, None, None
+        self._forget()
         return self
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Load like any module, and lay the weight out again on the next call."""
+        super()._load_from_state_dict(*args, **kwargs)
+        self._forget()
 
     def explain(self) -> list[Row]:
         """Return which kernel computes which token counts on this module's device, and why not the others."""
@@ -125,7 +135,7 @@ class QuantizedLinear(nn.Module):
         except (InputError, UnsupportedError):
             self.force = before
             raise
-        self._prepared_for = None
+        self._forget()
 
     def extra_repr(self) -> str:
         """Show sizes, format and granularity."""
@@ -134,8 +144,14 @@ class QuantizedLinear(nn.Module):
             f"{self.layout.number_format}, {self.layout.granularity}, activations={self.layout.activations}"
         )
 
-    def _prepared(self, device: torch.device, dtype: torch.dtype) -> tuple[Execution, QuantizedTensor | None]:
-        """Return the execution, and the tensor when it has extras; both anew when something changed."""
+    def _forget(self) -> None:
+        """Drop what `_prepare` made; a compiled graph that holds it is traced again."""
+        self._execution: Execution | None = None
+        self._extras: QuantizedTensor | None = None
+        self._prepared_for: tuple[object, ...] | None = None
+
+    def _prepare(self, device: torch.device, dtype: torch.dtype) -> None:
+        """Choose the execution and lay the weight out for it, anew when something changed."""
         packed = self.get_buffer("packed")
         key = (device, dtype, self.force, packed.data_ptr(), packed._version)
         if self._prepared_for != key or self._execution is None:
@@ -143,7 +159,12 @@ class QuantizedLinear(nn.Module):
             self._execution = self._make_execution(device, dtype).prepared(tensor)
             self._extras = tensor if self.layout.extras else None
             self._prepared_for = key
-        return self._execution, self._extras
+
+    @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
+    def _prepare_while_tracing(self, device: torch.device, dtype: torch.dtype) -> bool:
+        """Run `_prepare` when a graph is traced, not in the graph; what it made is guarded like any attribute."""
+        self._prepare(device, dtype)
+        return True
 
     def _make_execution(self, device: torch.device, dtype: torch.dtype) -> Execution:
         return make_execution(

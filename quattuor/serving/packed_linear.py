@@ -17,8 +17,8 @@ from quattuor.formats import TwoLevelInteger
 from quattuor.granularity import PerGroup
 from quattuor.kernels import w4a8_linear
 from quattuor.kernels.token_quantize import reference
+from quattuor.nn import operators
 from quattuor.quantized_tensor import QuantizedTensor
-from quattuor.serving import operators
 
 __all__ = ["FUSE_VARIABLE", "PackedLinear", "linear", "prepare", "quantize_rows"]
 
@@ -97,7 +97,7 @@ def linear(facts: PackedLinear, operand: Sequence[Tensor], x: Tensor, bias: Tens
     rows = x.reshape(-1, facts.in_features)
     if facts.activation_bits == 8:
         codes, scale = quantize_rows(rows)
-        y: Tensor = torch.ops.quattuor.served_w4a8(
+        y: Tensor = torch.ops.quattuor.packed_w4a8(
             codes,
             scale,
             list(operand),
@@ -110,7 +110,7 @@ def linear(facts: PackedLinear, operand: Sequence[Tensor], x: Tensor, bias: Tens
             facts.promise,
         )
     else:
-        y = torch.ops.quattuor.served_w4a16(
+        y = torch.ops.quattuor.packed_w4a16(
             rows,
             list(operand),
             facts.names,

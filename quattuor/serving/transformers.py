@@ -140,6 +140,11 @@ class QuattuorQuantizer(HfQuantizer):
         return True
 
     @property
+    def is_compileable(self) -> bool:
+        """Whether `generate` may compile the decoding step by itself: no packed linear breaks the graph."""
+        return True
+
+    @property
     def is_trainable(self) -> bool:
         """Whether the packed weights have gradients: they do not."""
         return False

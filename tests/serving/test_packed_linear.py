@@ -61,4 +61,4 @@ def test_operators_pass_the_framework_check(bias: bool, generator: torch.Generat
     codes, scale = torch.ops.quattuor.token_quantize(torch.randn(3, 64, generator=generator))
     arguments = (codes, scale, list(operand.values()), facts.names, torch.ones(32) if bias else None)
     sizes = (torch.float32, facts.out_features, facts.weight_bits, facts.group_size, facts.promise)
-    torch.library.opcheck(torch.ops.quattuor.served_w4a8, (*arguments, *sizes))
+    torch.library.opcheck(torch.ops.quattuor.packed_w4a8, (*arguments, *sizes))

@@ -55,18 +55,18 @@ def plan_of(
 
 
 torch.library.define(
-    "quattuor::served_w4a8",
+    "quattuor::packed_w4a8",
     "(Tensor x_codes, Tensor x_scale, Tensor[] operand, str names, Tensor? bias, ScalarType out_dtype, "
     "int out_features, int weight_bits, int group_size, bool promise) -> Tensor",
 )
 torch.library.define(
-    "quattuor::served_w4a16",
+    "quattuor::packed_w4a16",
     "(Tensor x, Tensor[] operand, str names, Tensor? bias, int out_features, int weight_bits, int group_size, "
     "bool promise) -> Tensor",
 )
 
 
-@torch.library.impl("quattuor::served_w4a8", "CompositeExplicitAutograd")
+@torch.library.impl("quattuor::packed_w4a8", "CompositeExplicitAutograd")
 def w4a8(
     x_codes: Tensor,
     x_scale: Tensor,
@@ -86,7 +86,7 @@ def w4a8(
     return plan.linear(x_codes, x_scale, tensors, bias, out_dtype)
 
 
-@torch.library.impl("quattuor::served_w4a16", "CompositeExplicitAutograd")
+@torch.library.impl("quattuor::packed_w4a16", "CompositeExplicitAutograd")
 def w4a16(
     x: Tensor,
     operand: list[Tensor],
@@ -103,7 +103,7 @@ def w4a16(
     return plan.linear(x, Operand(dict(zip(names.split(","), operand, strict=True))), bias, x.dtype)
 
 
-@torch.library.register_fake("quattuor::served_w4a8")  # type: ignore[untyped-decorator]
+@torch.library.register_fake("quattuor::packed_w4a8")  # type: ignore[untyped-decorator]
 def _fake_w4a8(
     x_codes: Tensor,
     x_scale: Tensor,
@@ -119,7 +119,7 @@ def _fake_w4a8(
     return x_codes.new_empty((x_codes.shape[0], out_features), dtype=out_dtype)
 
 
-@torch.library.register_fake("quattuor::served_w4a16")  # type: ignore[untyped-decorator]
+@torch.library.register_fake("quattuor::packed_w4a16")  # type: ignore[untyped-decorator]
 def _fake_w4a16(
     x: Tensor,
     operand: list[Tensor],
