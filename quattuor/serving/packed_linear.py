@@ -1,11 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """A packed linear as a serving engine holds it: an operand in a list, and a call that compiles.
 
-Inside a compiled graph the inputs are quantized by plain PyTorch, so that the compiler fuses it into whatever
-produced them: norm and residual, or the gated activation. Elsewhere it is one kernel.
+Inputs are quantized by one operator, which `fusion` joins to the norm or the gated activation before it. Where no
+engine runs that pass, a compiled graph gets plain PyTorch instead, which the compiler fuses with whatever it can.
 """
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,6 +37,7 @@ class PackedLinear:
         weight_bits: Width of a code.
         group_size: 0 for one scale per channel.
         promise: As for `plan_of`.
+        is_traced: Whether the quantization of inputs is plain PyTorch in a compiled graph.
     """
 
     names: str
@@ -47,10 +47,15 @@ class PackedLinear:
     weight_bits: int
     group_size: int
     promise: bool
+    is_traced: bool = True
 
 
 def prepare(
-    tensor: QuantizedTensor, activations: ActivationQuantizer | None, dtype: torch.dtype
+    tensor: QuantizedTensor,
+    activations: ActivationQuantizer | None,
+    dtype: torch.dtype,
+    *,
+    is_traced: bool = True,
 ) -> tuple[PackedLinear, dict[str, Tensor]]:
     """Lay a packed weight out for the kernels of its device.
 
@@ -58,6 +63,8 @@ def prepare(
         tensor: The weight, on the device that will run it.
         activations: Quantizer of the inputs; None for floating point.
         dtype: Of inputs and outputs.
+        is_traced: Whether a compiled graph gets the quantization of inputs as plain PyTorch, for its compiler to
+            fuse; without it, as one operator, for `fusion` to replace.
 
     Returns:
         What `linear` needs, and the operand's tensors by name, in the order of `names`.
@@ -88,15 +95,16 @@ def prepare(
         weight_bits=tensor.number_format.bits,
         group_size=group_size,
         promise=promise,
+        is_traced=is_traced,
     )
     return facts, tensors
 
 
 def linear(facts: PackedLinear, operand: Sequence[Tensor], x: Tensor, bias: Tensor | None) -> Tensor:
     """Return y in the dtype of x; any number of leading dimensions."""
-    rows = x.reshape(-1, facts.in_features)
+    rows = x if x.dim() == 2 else x.reshape(-1, facts.in_features)
     if facts.activation_bits == 8:
-        codes, scale = quantize_rows(rows)
+        codes, scale = quantize_rows(rows, facts.is_traced)
         y: Tensor = torch.ops.quattuor.packed_w4a8(
             codes,
             scale,
@@ -120,15 +128,12 @@ def linear(facts: PackedLinear, operand: Sequence[Tensor], x: Tensor, bias: Tens
             facts.group_size,
             facts.promise,
         )
-    return y.view(*x.shape[:-1], facts.out_features)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], facts.out_features)
 
 
-def quantize_rows(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Return int8 codes and the float32 scale of each row, fusible in a compiled graph."""
-    if _FUSES and torch.compiler.is_compiling():
+def quantize_rows(rows: Tensor, is_traced: bool) -> tuple[Tensor, Tensor]:
+    """Return int8 codes and the float32 scale of each row."""
+    if is_traced and torch.compiler.is_compiling():
         return reference.quantize_tokens(rows)
     codes, scale = torch.ops.quattuor.token_quantize(rows)
     return codes, scale
-
-
-_FUSES = os.environ.get(FUSE_VARIABLE, "1") != "0"

@@ -11,16 +11,13 @@ import torch
 from served import CASES, Served
 from torch import Tensor
 
-from quattuor.serving import packed_linear
-
 
 @torch.no_grad()
 def main() -> None:
     """Compile each case, with the quantization in the graph and outside."""
     results = {}
     for case in CASES:
-        for fuses in (True, False):
-            packed_linear._FUSES = fuses
+        for is_traced in (True, False):
             torch._dynamo.reset()
             graphs: list[list[str]] = []
 
@@ -28,13 +25,13 @@ def main() -> None:
                 graphs.append([str(node.target) for node in module.graph.nodes])
                 return module
 
-            served = Served(case, torch.Generator().manual_seed(0))
+            served = Served(case, torch.Generator().manual_seed(0), is_traced=is_traced)
             compiled = torch.compile(served, fullgraph=True, dynamic=True, backend=keep)
             difference = 0.0
             for num_tokens in (5, 3, 200):
                 x = torch.randn(num_tokens, 256, generator=torch.Generator().manual_seed(num_tokens))
                 difference = max(difference, float((compiled(x) - served(x)).abs().max()))
-            results[f"{case}, {'fused' if fuses else 'apart'}"] = {
+            results[f"{case}, {'fused' if is_traced else 'apart'}"] = {
                 "difference": difference,
                 "graphs": len(graphs),
                 "operators": sorted(set(graphs[0])),

@@ -49,14 +49,14 @@ CASES = {
 class Served(nn.Module):
     """A norm and the linear that reads it, as a serving engine holds them, beside what transformers runs."""
 
-    def __init__(self, case: str, generator: torch.Generator) -> None:
+    def __init__(self, case: str, generator: torch.Generator, *, is_traced: bool = True) -> None:
         """Draw the weight."""
         super().__init__()
         make, activations = CASES[case]
         tensor = make(96, 256, generator)
         self.reference = QuantizedLinear.from_tensor(tensor, None, activations, dtype=torch.float32, name="linear")
         self.norm = nn.RMSNorm(256, eps=1e-5)
-        self.facts, operand = packed_linear.prepare(tensor, activations, torch.float32)
+        self.facts, operand = packed_linear.prepare(tensor, activations, torch.float32, is_traced=is_traced)
         self.names = tuple(f"operand_{index}" for index in range(len(operand)))
         for name, value in zip(self.names, operand.values(), strict=True):
             self.register_buffer(name, value)

@@ -63,7 +63,9 @@ def load(folder: Path, load_format: str = "auto") -> Any:
     with set_current_vllm_config(config), pytest.MonkeyPatch.context() as patch:
         if not torch.accelerator.is_available():  # 0.33 empties the accelerator's cache without asking
             patch.setattr(torch.accelerator, "empty_cache", lambda: None)
-        return get_model(vllm_config=config)
+        model = get_model(vllm_config=config)
+    model.compile_options = config.compilation_config.inductor_compile_config
+    return model
 
 
 def check_block(served: Any, model: PreTrainedModel, index: int = 1) -> None:
@@ -94,6 +96,26 @@ def test_qqq(layout: str, tmp_path: Path) -> None:
     model = packed_model(layout)
     write_qqq(PackedModel.from_model(model, tiny_tokenizer()), tmp_path / "out")
     check_block(load(tmp_path / "out"), model)
+
+
+def test_the_compiler_gets_the_fusions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vllm.config import VllmConfig
+    from vllm.platforms import current_platform
+
+    from quattuor.serving.vllm import graph_pass
+
+    save_pretrained(packed_model(CHANNEL), tmp_path / "out", recipe=recipe_of(CHANNEL), tokenizer=tiny_tokenizer())
+    served = load(tmp_path / "out")
+    added = served.compile_options[current_platform.pass_key]
+    assert added.uuid()  # compiled graphs are cached under it
+    assert served.model.layers[0].mlp.down_proj.quant_method.facts.is_traced is False
+    config = VllmConfig()
+    config.compilation_config.inductor_compile_config[current_platform.pass_key] = object()
+    assert graph_pass.install(config) is False  # the hook is taken
+    config = VllmConfig()
+    monkeypatch.setenv("QUATTUOR_FUSE", "0")
+    assert graph_pass.install(config) is False
+    assert current_platform.pass_key not in config.compilation_config.inductor_compile_config
 
 
 @torch.no_grad()

@@ -5,6 +5,7 @@ Parts of vLLM that moved between releases are avoided rather than followed: weig
 own, which needs no parameter classes and names the tensor that does not fit; kernels are our own operators.
 """
 
+import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
@@ -23,6 +24,7 @@ from quattuor.nn import LinearLayout
 from quattuor.serving import packed_linear
 from quattuor.serving.sharding import MergedLinear, StoredTensor, fill_
 from quattuor.serving.storage import NativeStorage, QQQStorage, Storage
+from quattuor.serving.vllm import graph_pass
 
 __all__ = ["PackedLinearMethod", "QQQConfig", "QuattuorConfig", "register_configs"]
 
@@ -149,7 +151,7 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         """Prepare for one layer; vLLM makes a method per layer."""
         self.storage, self.name, self.parts = storage, name, parts
         self.loaded: set[tuple[str, int]] = set()
-        self.is_dummy = False
+        self.is_dummy, self.is_traced = False, True
 
     def create_weights(
         self,
@@ -182,7 +184,9 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
             input_rank=rank if input_size != input_size_per_partition else 0,
         )
         self.tensors, self.dtype = self.storage.tensors(), params_dtype
-        self.is_dummy = get_current_vllm_config().load_config.load_format == "dummy"
+        config = get_current_vllm_config()
+        self.is_dummy = config.load_config.load_format == "dummy"
+        self.is_traced = not graph_pass.install(config) and os.environ.get(packed_linear.FUSE_VARIABLE) != "0"
         self.shares.check(self.tensors)
         for tensor in self.tensors:
             shape = tensor.shape(sum(outputs), input_size_per_partition)
@@ -213,7 +217,9 @@ class PackedLinearMethod(LinearMethodBase):  # type: ignore[misc]
         state = {tensor.name: getattr(layer, tensor.name).data for tensor in self.tensors}
         shape = (sum(self.shares.out_features), self.shares.in_features)
         weight = self.storage.weight(state, shape, self.name)
-        self.facts, operand = packed_linear.prepare(weight, self.storage.activations, self.dtype)
+        self.facts, operand = packed_linear.prepare(
+            weight, self.storage.activations, self.dtype, is_traced=self.is_traced
+        )
         for tensor in self.tensors:
             delattr(layer, tensor.name)
         self.operand_names = tuple(f"{_PREFIX}{index}" for index in range(len(operand)))
