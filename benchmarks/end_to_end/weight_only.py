@@ -2,19 +2,22 @@
 """Perplexity of the weight-only systems at measured bits per weight: the record `weight_only`.
 
     python -m benchmarks.end_to_end.weight_only MODEL [--data DIR] [--device cuda] [--only NAME ...]
-        [--budget-seconds S] [--append [--missing]]
+        [--budget-seconds S] [--append [--missing]] [--files BITS ...]
 
 DIR holds `passages.txt` (calibration) and `wikitext2_test.txt` (evaluation). Every row starts from the same
 float32 model, is calibrated on the same sequences and evaluated on the same windows of 2048 tokens. Rounding
 (`rtn`) is measured with several group sizes, so that every system has a neighbour of the same measured bits. The
 record is written after each row; with a budget no row is started once it is spent, and those left out are named.
 `--append` keeps the rows of an existing record and replaces those that are measured again; `--missing` measures
-none again.
+none again. Rows of the widths named by `--files` are also stored and read back: `file_bytes` is the size of the
+stored tensors, `formula_bytes` what the report says they take, and `is_identical` whether the reloaded model gives
+the same logits bit for bit.
 """
 
 import argparse
 import copy
 import os
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -22,12 +25,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import AutoModelForCausalLM
 
 from benchmarks import record
 from quattuor.calibration.data import calibration_batches, evaluation_windows
+from quattuor.checkpoints import PackedModel, write_native
+from quattuor.checkpoints.skeleton import expected_tensors, quantized_linears
 from quattuor.checkpoints.source import ModelSource
 from quattuor.evaluation.perplexity import perplexity
 from quattuor.quantize import quantize
+from quattuor.recipe import Recipe
 from quattuor.systems import SYSTEMS
 
 __all__ = ["Variant", "merged", "variants"]
@@ -60,33 +67,39 @@ class Variant:
 
 
 def variants() -> list[Variant]:
-    """List what is measured, the most telling first: 3 and 4 bits, then 2, then neighbours of equal bits."""
+    """List what is measured: rounding at every size, then systems by width, the cheapest of a width first."""
     grouped = {"group_size": GROUP_SIZE}
     listed = [Variant(system=None)]
     for bits in (3, 4, 2):
         listed += [
-            Variant(system="rtn", bits=bits, options={**grouped, "symmetric": False}),
-            Variant(system="gptq", bits=bits, options=grouped),
-            Variant(system="awq", bits=bits, options={**grouped, "max_sequences": AWQ_SEQUENCES}),
-            Variant(system="squeezellm", bits=bits),
-            Variant(system="quip", bits=bits),
-            Variant(system="spqr", bits=bits),
-            Variant(system="owq", bits=bits),
-            Variant(system="lut_gemm", bits=bits, options=grouped),
+            Variant(system="rtn", bits=bits, options={"group_size": size, "symmetric": False})
+            for size in (GROUP_SIZE, 16, 32, 192, None)
         ]
-    listed += [
-        Variant(system="gptq", bits=2, options={"group_size": None}),
-        Variant(system="gptq", bits=3, options={"group_size": None}),
-        Variant(system="squeezellm", bits=3, options={"sensitive_share": 0.0, "large_share": 0.0}),
-        Variant(system="quip", bits=2, options={"num_passes": 2, "order": "activation"}),
-        Variant(system="quip", bits=2, options={"kind": "hadamard"}),
-    ]
     for bits in (3, 2, 4):
         listed += [
-            Variant(system="rtn", bits=bits, options={"group_size": size, "symmetric": False})
-            for size in (16, 32, 192, None)
+            Variant(system="gptq", bits=bits, options=grouped),
+            Variant(system="owq", bits=bits),
+            Variant(system="quip", bits=bits),
+            Variant(system="lut_gemm", bits=bits, options=grouped),
+            Variant(system="spqr", bits=bits),
+            Variant(system="squeezellm", bits=bits),
+            Variant(system="awq", bits=bits, options={**grouped, "max_sequences": AWQ_SEQUENCES}),
         ]
-    return listed
+    small = {"group_size": GROUP_SIZE, "outlier_threshold": 0.5, "damping": 0.05}
+    return [
+        *listed,
+        Variant(system="spqr", bits=3, options=small),
+        Variant(system="gptq", bits=2, options={"group_size": 192}),
+        Variant(system="quip", bits=2, options={"num_passes": 2, "order": "activation"}),
+        Variant(system="spqr", bits=2, options={"outlier_threshold": 2.0, "damping": 0.05}),
+        Variant(system="lut_gemm", bits=3, options={**grouped, "rounding": "nearest"}),
+        Variant(system="lut_gemm", bits=3, options={**grouped, "rounding": "weighted"}),
+        Variant(system="gptq", bits=3, options={"group_size": None}),
+        Variant(system="gptq", bits=2, options={"group_size": None}),
+        Variant(system="squeezellm", bits=3, options={"sensitive_share": 0.0, "large_share": 0.0}),
+        Variant(system="spqr", bits=3, options={"damping": 0.05}),
+        Variant(system="quip", bits=2, options={"kind": "hadamard"}),
+    ]
 
 
 def main() -> None:
@@ -109,7 +122,8 @@ def main() -> None:
         if time.perf_counter() - started_s > arguments.budget_seconds:
             left_out.append(item.name)
             continue
-        row = measure(item, original, calibration, windows, arguments.device)
+        stores = item.bits in arguments.files
+        row = measure(item, original, calibration, windows, arguments.device, stores=stores)
         rows = merged(rows, row)
         shown = f"{row['bits_per_weight']:.3f} bits, perplexity {row['perplexity']:.3f}, {row['seconds']} s"
         print(f"{time.perf_counter() - started_s:.0f} s {item.name}: {shown}", flush=True)
@@ -119,19 +133,30 @@ def main() -> None:
 
 
 def measure(
-    item: Variant, original: torch.nn.Module, calibration: torch.Tensor, windows: torch.Tensor, device: str
+    item: Variant,
+    original: torch.nn.Module,
+    calibration: torch.Tensor,
+    windows: torch.Tensor,
+    device: str,
+    *,
+    stores: bool = False,
 ) -> dict[str, Any]:
-    """Quantize a copy of the model and return its row."""
+    """Quantize a copy of the model and return its row; with `stores` also what a file of it says."""
     model: Any = copy.deepcopy(original).to(device)
     bits_per_weight, seconds, peak_memory_bytes = 32.0, None, None
+    files: dict[str, Any] = {"file_bytes": None, "formula_bytes": None, "is_identical": None}
     if item.system is not None:
         recipe = SYSTEMS[item.system](bits=item.bits, **item.options)
+        if device != "cpu":
+            torch.cuda.reset_peak_memory_stats(device)
         start = time.perf_counter()
         report = quantize(model, recipe, calibration, storage=device, kernel="float32")
         seconds = time.perf_counter() - start
         num_weights = sum(layer.num_weights for layer in report.layers)
         bits_per_weight = sum(layer.bits_per_weight * layer.num_weights for layer in report.layers) / num_weights
         peak_memory_bytes = report.peak_device_memory_bytes or report.peak_memory_bytes
+        if stores:
+            files = stored(model, recipe, bits_per_weight * num_weights / 8, windows[:1, :256].to(device))
     result = perplexity(model, windows, batch_size=1 if device == "cpu" else 8)
     return {
         "system": item.system or "none",
@@ -144,7 +169,46 @@ def measure(
         "seconds": seconds,
         "peak_memory_bytes": peak_memory_bytes,
         "calibration_tokens": calibration.numel() if item.system else 0,
+        **files,
     }
+
+
+@torch.no_grad()
+def stored(model: Any, recipe: Recipe, packed_bytes: float, tokens: torch.Tensor) -> dict[str, Any]:
+    """Write a quantized model to a temporary folder, read it back, and compare sizes and logits.
+
+    Args:
+        model: The quantized model.
+        recipe: What quantized it.
+        packed_bytes: What the report says its linears take.
+        tokens: One sequence.
+    """
+    expected = model(tokens, use_cache=False).logits
+    rest = {name: tensor for name, tensor in expected_tensors(model).items() if not _is_packed(model, name)}
+    with tempfile.TemporaryDirectory() as folder:
+        write_native(PackedModel.from_model(model), Path(folder) / "model", recipe=recipe)
+        file_bytes = sum(map(_tensor_bytes, (Path(folder) / "model").glob("*.safetensors")))
+        again = AutoModelForCausalLM.from_pretrained(Path(folder) / "model").to(tokens.device)
+    for module in quantized_linears(again).values():
+        module.use_kernel("float32")
+    return {
+        "file_bytes": file_bytes,
+        "formula_bytes": round(packed_bytes) + sum(tensor.nbytes for tensor in rest.values()),
+        "is_identical": torch.equal(again(tokens, use_cache=False).logits, expected),
+    }
+
+
+def _is_packed(model: Any, name: str) -> bool:
+    """Whether a tensor belongs to the packed weight of a linear; a bias does not."""
+    owners = [path for path in quantized_linears(model) if name.startswith(f"{path}.")]
+    return bool(owners) and name != f"{owners[0]}.bias"
+
+
+def _tensor_bytes(path: Path) -> int:
+    """Return the bytes of a safetensors file behind its header."""
+    with path.open("rb") as file:
+        header = int.from_bytes(file.read(8), "little")
+    return path.stat().st_size - 8 - header
 
 
 def _is_row_of(row: dict[str, Any], item: Variant, num_windows: int) -> bool:
@@ -183,6 +247,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--budget-seconds", type=float, default=float("inf"), help="start no row after these")
     parser.add_argument("--append", action="store_true", help="keep the rows of an existing record")
     parser.add_argument("--missing", action="store_true", help="measure only what the record lacks")
+    parser.add_argument("--files", type=int, nargs="*", default=[], help="widths whose rows are stored as well")
     parser.add_argument("--record", default="weight_only")
     arguments = parser.parse_args()
     if arguments.data is None:

@@ -12,6 +12,9 @@ from quattuor.errors import CalibrationError, InputError, compose
 __all__ = ["STATISTICS", "AbsMax", "Cross", "Hessian", "InputSample", "Statistic", "make_statistics"]
 
 SAMPLE_TOKENS = 512
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+HAS_MIXED_PRODUCT = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 8)
+"""Whether torch.mm can return float32 for half-precision matrices (on CUDA)."""
 
 
 class Statistic(ABC):
@@ -36,10 +39,14 @@ class Hessian(Statistic):
 
     def update(self, x: Float[Tensor, "M K"], original: Float[Tensor, "M K"] | None = None) -> None:
         """Add M tokens."""
-        x = x.float()
         if self._sum is None:
             self._sum = torch.zeros(x.shape[1], x.shape[1], device=x.device)
-        self._sum.addmm_(x.T, x)
+        if x.is_cuda and x.dtype in HALF_DTYPES and HAS_MIXED_PRODUCT:
+            # Products of two half-precision numbers are exact in float32, in which tensor cores add them up.
+            self._sum += torch.mm(x.T, x, out_dtype=torch.float32)
+        else:
+            x = x.float()
+            self._sum.addmm_(x.T, x)
         self._num_tokens += x.shape[0]
 
     def result(self) -> Float[Tensor, "K K"]:

@@ -224,16 +224,21 @@ class GPTQ(Solver):
     def _factor(
         self, hessian: Float[Tensor, "K K"], dead: Bool[Tensor, " K"], order: Int64[Tensor, " K"]
     ) -> Float[Tensor, "K K"]:
-        """Return U with H^-1 = U^T U for the damped, permuted Hessian."""
-        damped_KK = hessian[order][:, order].clone()
+        """Return U with H^-1 = U^T U for the damped, permuted Hessian.
+
+        Read backwards in rows and columns, the Cholesky factor L of the Hessian read backwards is an upper R with
+        H = R R^T. Then U = R^-1, which is L^-1 read backwards: H itself is never inverted.
+        """
+        backwards_K = order.flip(0)
+        damped_KK = hessian[backwards_K][:, backwards_K]
         diagonal_K = damped_KK.diagonal()
         mean = diagonal_K.sum() / (~dead).sum()
-        diagonal_K.masked_fill_(dead[order], mean)
+        diagonal_K.masked_fill_(dead[backwards_K], mean)
         diagonal_K += self.damping * mean
-        factor_KK: Tensor
         lower_KK, info = torch.linalg.cholesky_ex(damped_KK)
-        if int(info) == 0:
-            factor_KK, info = torch.linalg.cholesky_ex(torch.cholesky_inverse(lower_KK), upper=True)
+        del damped_KK, diagonal_K  # one of a wide layer has almost a gigabyte
+        identity_KK = torch.eye(len(order), dtype=lower_KK.dtype, device=lower_KK.device)
+        factor_KK: Tensor = torch.linalg.solve_triangular(lower_KK, identity_KK, upper=False).flip(0, 1)
         if int(info) != 0 or not bool(torch.isfinite(factor_KK).all()):
             raise CalibrationError(
                 compose(

@@ -39,13 +39,13 @@ def test_measured_again_replaces_and_order_is_that_of_the_list():
     assert len(merged(rows, row("rtn", 3, rtn.label, windows=8))) == 4, "other windows are another measurement"
 
 
-@pytest.mark.parametrize("system", [None, "rtn", "quip"])
+@pytest.mark.parametrize("system", [None, "rtn", "quip", "squeezellm"])
 def test_row_of_a_tiny_model(tiny, system):
     options = {"group_size": 32} if system == "rtn" else {}
     item = Variant(system=system, bits=32 if system is None else 4, options=options)
     model = tiny("llama")
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    found = measure(item, model, TOKENS, TOKENS, "cpu")
+    found = measure(item, model, TOKENS, TOKENS, "cpu", stores=True)
     assert found["system"] == (system or "none")
     assert found["windows"] == 4
     assert found["perplexity"] > 1
@@ -53,9 +53,11 @@ def test_row_of_a_tiny_model(tiny, system):
     if system is None:
         assert (found["bits_per_weight"], found["seconds"], found["peak_memory_bytes"]) == (32.0, None, None)
     else:
-        assert 4 < found["bits_per_weight"] < 7
+        assert 4 < found["bits_per_weight"] < 8
         assert found["seconds"] > 0
         assert found["peak_memory_bytes"] > 1e6
+        assert found["file_bytes"] == found["formula_bytes"] > 0
+        assert found["is_identical"] is True
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items()), (
         "a copy is quantized"
     )

@@ -63,6 +63,19 @@ def test_low_precision_inputs_are_accumulated_in_float32(
     assert torch.equal(first, second)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_tensor_cores_lose_nothing_of_a_half_precision_hessian(
+    dtype: torch.dtype, generator: torch.Generator
+) -> None:
+    x = (torch.randn(4096, 192, generator=generator) * torch.logspace(-1, 1, 192)).to(dtype)
+    hessian = collect(Hessian(), (x.cuda(), x.cuda()), (1024, 3072)).cpu()
+    expected = x.double().T @ x.double() / len(x)
+    size = expected.diagonal().sqrt()
+    assert hessian.dtype == torch.float32
+    assert ((hessian - expected).abs() <= 1e-5 * torch.outer(size, size)).all()
+
+
 @pytest.mark.parametrize("name", STATISTICS)
 def test_input_is_left_alone(name: str, tokens: tuple[Tensor, Tensor]) -> None:
     kept = tuple(tensor.clone() for tensor in tokens)
