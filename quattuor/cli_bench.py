@@ -71,7 +71,7 @@ def serve(
     check_writable(json_file)
     arguments = ["--shape", shape, "--formats", formats, "--batches", batches, "--devices", str(devices)]
     arguments += ["--input", str(input_tokens), "--output", str(output_tokens), "--timeout", str(timeout)]
-    arguments += ["--profile"] if profile else []
+    arguments += ["--profile", batches] if profile else []
     arguments += [] if json_file is None else ["--json", str(json_file.resolve())]
     run_benchmark("benchmarks.end_to_end.serve_vllm", arguments, needs_cuda=True)
 

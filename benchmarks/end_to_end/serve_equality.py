@@ -124,7 +124,7 @@ def _run_vllm(options: argparse.Namespace, texts: dict[str, list[list[int]]]) ->
         max_model_len=1024,
         max_num_seqs=64,
         enable_prefix_caching=False,
-        gpu_memory_utilization=0.3,
+        gpu_memory_utilization=0.1,
         compilation_config={"cudagraph_capture_sizes": [1, 16, 64]},
     )
     greedy = SamplingParams(temperature=0.0, max_tokens=options.new_tokens, ignore_eos=True, detokenize=False)

@@ -102,7 +102,7 @@ def _gate_patterns() -> tuple[pattern_matcher.PatternMatcherPass, ...]:
     found = []
     for dtype in _DTYPES:
         patterns = pattern_matcher.PatternMatcherPass()
-        example = torch.empty(5, 4, dtype=dtype)
+        example = torch.empty(5, 4, dtype=dtype, device="cpu")
         pattern_matcher.register_replacement(_gated, _gated_at_once, [example], pattern_matcher.fwd_only, patterns)
         found.append(patterns)
     return tuple(found)

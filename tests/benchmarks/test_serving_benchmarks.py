@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from benchmarks.end_to_end import serve_equality, serve_vllm
+from benchmarks.end_to_end import serve_equality, serve_vllm, serve_worker
 from benchmarks.end_to_end.serving_formats import FORMATS, SHAPES, model_config
 from quattuor.checkpoints.layouts import read_layouts
 
@@ -39,7 +39,9 @@ def event(name: str, microseconds: float, category: str = "kernel") -> dict[str,
 def test_a_decode_step_is_the_difference_of_two_runs() -> None:
     prefill = [event("void gemm<128>(float*)", 900.0), event("norm", 5.0)]
     steps = [event("void gemm<8>(float*)", 10.0), event("norm", 1.0), event("norm", 3.0)] * 2
-    rows = serve_vllm.decode_kernels([*prefill, event("copy", 1.0, "gpu_memcpy")], [*prefill, *steps], num_steps=2)
+    rows = serve_worker.decode_kernels(
+        [*prefill, event("copy", 1.0, "gpu_memcpy")], [*prefill, *steps], num_steps=2
+    )
     assert rows == [
         {"kernel": "gemm", "calls": 1.0, "time_us": 10.0},
         {"kernel": "norm", "calls": 2.0, "time_us": 4.0},
@@ -81,3 +83,28 @@ def test_rows_are_recorded_as_they_come_and_a_silent_format_fails(
     assert json.loads(target.read_text())["rows"] == [row]
     assert serve_vllm.main(["--formats", "fp16", "--append", "--timeout", "2", "--json", str(target)]) == 0
     assert json.loads(target.read_text())["rows"] == [row]
+
+
+def test_engines_warm_up_side_by_side_and_a_stuck_one_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import sys, time\nif '--only-start' in sys.argv:\n    time.sleep(60 if 'w8a8' in sys.argv else 0.2)\n"
+    )
+    monkeypatch.setattr(serve_vllm, "_COMMAND", (sys.executable, str(worker)))
+    target = tmp_path / "serve.json"
+    options = ["--formats", "fp16,w8a8", "--warm", "--timeout", "3", "--json", str(target)]
+    assert serve_vllm.main(options) == 1
+    assert not target.exists()
+    printed = capsys.readouterr().out
+    assert "fp16: warm, exit status 0" in printed
+    assert "w8a8: warm, exit status -9" in printed
+
+
+def test_settings_differ_between_formats_in_nothing(tmp_path: Path) -> None:
+    parser = serve_vllm._parser()
+    arguments = [parser.parse_args(["--worker", name, "--batches", "1,16"]) for name in FORMATS]
+    settings = [serve_worker.settings(tmp_path, options) for options in arguments]
+    assert all(one == settings[0] for one in settings)
+    assert settings[0]["compilation_config"]["cudagraph_capture_sizes"] == [1, 16, 1024]
