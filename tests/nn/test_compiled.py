@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 HERE = Path(__file__).parent
 CASES = {
@@ -33,12 +34,11 @@ LINEARS = (
 NEW_TOKENS = 6
 
 
-@pytest.fixture(scope="module")
-def compiled() -> dict[str, dict[str, Any]]:
-    """Return what compiled_generate.py measures."""
+def run_script(*arguments: str) -> dict[str, Any]:
+    """Return what compiled_generate.py prints."""
     path = os.pathsep.join([str(HERE), str(HERE.parent), str(HERE.parent / "checkpoints"), *sys.path])
     done = subprocess.run(
-        [sys.executable, str(HERE / "compiled_generate.py")],
+        [sys.executable, str(HERE / "compiled_generate.py"), *arguments],
         capture_output=True,
         text=True,
         env={**os.environ, "PYTHONPATH": path, "OMP_NUM_THREADS": "1"},
@@ -46,6 +46,12 @@ def compiled() -> dict[str, dict[str, Any]]:
     )
     assert done.returncode == 0, done.stderr
     return dict(json.loads(done.stdout))
+
+
+@pytest.fixture(scope="module")
+def compiled() -> dict[str, dict[str, Any]]:
+    """Return what compiled_generate.py measures."""
+    return run_script()
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -95,3 +101,9 @@ def test_every_kind_of_linear_compiles_without_a_break(
 def test_the_cases_are_those_of_the_script(compiled: dict[str, dict[str, Any]]) -> None:
     assert compiled["models"].keys() == CASES.keys()
     assert len(compiled["linears"]) == 2 * len(LINEARS)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_transformers_compiles_and_records_the_step_by_itself() -> None:
+    assert run_script("cuda") == {"equal": True, "graphs": 1, "skips": 0}
