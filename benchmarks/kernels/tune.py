@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Find the fastest tile of the W4A8 kernels for the shapes in `benchmarks/shapes.py`, and write what was found.
 
-    python -m benchmarks.kernels.tune [--processes P] [--seconds S] [--shapes NxK,...] [--from M] [--json FILE]
+    python -m benchmarks.kernels.tune [--processes P] [--seconds S] [--shapes NxK,...] [--tokens M,...]
+        [--modes MODE,...] [--json FILE]
 
 Every candidate is compared with the reference before it is timed; one that is wrong or refused by the compiler
 stops the run. Timing is that of `benchmarks.kernels.timing`. For each range of token counts that dispatch knows,
@@ -10,12 +11,14 @@ measure stays.
 """
 
 import argparse
+import dataclasses
 import itertools
 import json
 import math
 import multiprocessing
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -28,7 +31,7 @@ from quattuor.kernels import w4a8_linear
 from quattuor.kernels.dispatch import TOKEN_RANGES, LinearProblem, describe_device
 from quattuor.kernels.token_quantize import token_quantize
 from quattuor.kernels.w4a8_linear import gluon_kernel, measured, triton_kernel
-from quattuor.kernels.w4a8_linear.gluon import working_programs
+from quattuor.kernels.w4a8_linear.gluon_schedule import Schedule, make_schedule
 from quattuor.kernels.w4a8_linear.planes import BLOCK_K, HopperTile, Tile, mode_of, prepare_planes
 
 __all__ = ["candidates", "choose", "main"]
@@ -37,6 +40,8 @@ __all__ = ["candidates", "choose", "main"]
 TIMED = {8: 1, 16: 16, 32: 32, 64: 64, 128: 128, 256: 256, 512: 512, 1024: 1024, 8192: 4096}
 GROUPS = {"channel": None, "integer": 128}
 PROCESSORS = 132
+#: Schedules whose longest program has more work than this times the mean are not timed.
+UNFAIR = 1.6
 
 
 def split_of(shape: tuple[int, int], num_tokens: int, rows: int, tokens: int, per_processor: int) -> int:
@@ -45,10 +50,29 @@ def split_of(shape: tuple[int, int], num_tokens: int, rows: int, tokens: int, pe
     return max(1, min(PROCESSORS * per_processor // tiles, -(-shape[1] // BLOCK_K) // 4))
 
 
-def candidates(shape: tuple[int, int], max_tokens: int, mode: str) -> list[Tile | HopperTile]:
-    """Return the tiles worth timing."""
+def schedule_of(shape: tuple[int, int], num_tokens: int, tile: HopperTile) -> Schedule:
+    """Return the schedule of a layer on this device."""
+    num_tiles = -(-shape[0] // tile.rows) * -(-num_tokens // tile.tokens)
+    return make_schedule(num_tiles, -(-shape[1] // BLOCK_K), PROCESSORS * tile.per_processor, tile.cut)
 
-    def triton(rows, tokens, num_warps, stages, per_processors, overlaps):
+
+def every_cut(shape: tuple[int, int], num_tokens: int, tile: HopperTile) -> Iterator[HopperTile]:
+    """Yield the tile with each way to treat the last tiles, unless some program gets far more than the mean."""
+    wave = PROCESSORS * tile.per_processor
+    num_tiles = -(-shape[0] // tile.rows) * -(-num_tokens // tile.tokens)
+    # equal pieces of each tile were always faster than equal shares where both are possible
+    for cut in ("none", "aligned" if 2 * (num_tiles % wave) <= wave else "even"):
+        candidate = dataclasses.replace(tile, cut=cut)
+        schedule = schedule_of(shape, num_tokens, candidate)
+        longest = -(-schedule.whole // schedule.programs) + (num_tiles - schedule.whole) / schedule.sharers
+        if longest < UNFAIR * num_tiles / wave and (cut == "none" or schedule.whole < num_tiles):
+            yield candidate
+
+
+def triton_candidates(shape: tuple[int, int], max_tokens: int, channel: bool) -> Iterator[Tile]:
+    """Yield the Triton tiles worth timing."""
+
+    def tiles(rows, tokens, num_warps, stages, per_processors, overlaps):
         for num_stages, per_processor, overlap in itertools.product(stages, per_processors, overlaps):
             yield Tile(
                 rows=rows,
@@ -59,32 +83,48 @@ def candidates(shape: tuple[int, int], max_tokens: int, mode: str) -> list[Tile 
                 overlap=overlap,
             )
 
-    narrow = {"blocks": 1, "tokens": min(128, max_tokens)}
-    found: list[Tile | HopperTile] = []
     every, two = ("none", "early", "late"), ("none", "late")
-    channel = mode == "channel"
     if max_tokens <= 16:
-        found += [HopperTile(**narrow, stages=9 if max_tokens == 16 else 10)]
-        found += [HopperTile(**narrow, stages=5, registers=96, max_registers=80, per_processor=2)]
-        found += triton(64, 16, 4, (3, 4, 6) if channel else (4,), (2, 3), every if channel else two)
+        yield from tiles(64, 16, 4, (3, 4, 6) if channel else (4,), (2, 3), every if channel else two)
     elif max_tokens == 32:
-        found += [HopperTile(**narrow, stages=8)]
-        found += [HopperTile(**narrow, stages=4, registers=96, max_registers=80, per_processor=2)]
-        found += triton(64, 32, 4, (3, 4, 5) if channel else (4,), (2, 3), two)
+        yield from tiles(64, 32, 4, (3, 4, 5) if channel else (4,), (2, 3), two)
     elif max_tokens == 64:
-        found += [HopperTile(**narrow, stages=6)]
-        found += triton(64, 64, 4, (4, 5) if channel else (4,), (2,), every)
-        found += triton(128, 64, 8, (3,), (1, 2), every if channel else ("late",))
-    elif max_tokens == 128:
-        found += [HopperTile(**narrow, stages=4), HopperTile(blocks=1, tokens=64, stages=6)]
-        if channel:
-            found += triton(64, 64, 4, (4,), (3,), two)
-            found += triton(64, 128, 4, (3,), (2,), two)
-            found += triton(128, 64, 8, (3,), (2,), two)
-    else:
-        found += [HopperTile(**narrow, stages=4), HopperTile(blocks=2, tokens=128, stages=3)]
-        if max_tokens <= 512:
-            found += [HopperTile(blocks=1, tokens=64, stages=6), HopperTile(blocks=2, tokens=64, stages=4)]
+        yield from tiles(64, 64, 4, (4, 5) if channel else (4,), (2,), every)
+        yield from tiles(128, 64, 8, (3,), (1, 2), every if channel else ("late",))
+    elif max_tokens == 128 and channel:
+        yield from tiles(64, 64, 4, (4,), (3,), two)
+        yield from tiles(64, 128, 4, (3,), (2,), two)
+        yield from tiles(128, 64, 8, (3,), (2,), two)
+
+
+def hopper_candidates(max_tokens: int) -> Iterator[HopperTile]:
+    """Yield the Hopper tiles worth timing, before the ways to cut the last ones."""
+    # with a cap on registers two programs fit a multiprocessor
+    paired = {"blocks": 1, "registers": 96, "max_registers": 80, "per_processor": 2}
+    if max_tokens <= 32:
+        few, many = {8: (5, 10), 16: (5, 9), 32: (4, 8)}[max_tokens]
+        yield HopperTile(blocks=1, tokens=max_tokens, stages=many)
+        yield HopperTile(**paired, tokens=max_tokens, stages=few)
+        return
+    if max_tokens <= 512:
+        yield HopperTile(**paired, tokens=64, stages=3)
+    if max_tokens <= 256:
+        yield HopperTile(blocks=1, tokens=64, stages=6)
+        yield HopperTile(blocks=1, tokens=64, stages=6, unroll=2)
+    if max_tokens > 64:
+        yield HopperTile(blocks=1, tokens=128, stages=4)
+        yield HopperTile(blocks=1, tokens=128, stages=4, unroll=2)
+        yield HopperTile(blocks=2, tokens=128, stages=3)
+    if max_tokens > 128:
+        yield HopperTile(blocks=1, tokens=256, spans=2, stages=2)
+
+
+def candidates(shape: tuple[int, int], max_tokens: int, mode: str) -> list[Tile | HopperTile]:
+    """Return the tiles worth timing."""
+    found: list[Tile | HopperTile] = []
+    for tile in hopper_candidates(max_tokens):
+        found += every_cut(shape, TIMED[max_tokens], tile)
+    found += triton_candidates(shape, max_tokens, mode == "channel")
     return list(dict.fromkeys(found))
 
 
@@ -112,11 +152,10 @@ def launch(problem: LinearProblem, tile: Tile | HopperTile, batch: Batch, tensor
     if isinstance(tile, Tile):
         triton_kernel.launch(*arguments, tensors["arrivals"], None, out, **shared)
     else:
+        schedule = schedule_of((problem.out_features, problem.in_features), batch.x.shape[0], tile)
         num_blocks = -(-problem.in_features // BLOCK_K)
-        num_tiles = -(-problem.out_features // tile.rows) * -(-batch.x.shape[0] // tile.tokens)
-        programs = working_programs(num_tiles, num_blocks, PROCESSORS * tile.per_processor)
         gluon_kernel.launch(
-            *arguments, tensors["arrivals"], None, out, **shared, num_blocks=num_blocks, programs=programs
+            *arguments, tensors["arrivals"], None, out, **shared, num_blocks=num_blocks, schedule=schedule
         )
     return out
 
@@ -129,9 +168,9 @@ def make_batch(num_tokens: int, in_features: int) -> Batch:
 
 
 def time_shape(
-    shape: tuple[int, int], mode: str, deadline: float, first: int = 1
+    shape: tuple[int, int], mode: str, deadline: float, counts: list[int]
 ) -> list[tuple[int, str, float, Tile | HopperTile]]:
-    """Return (largest token count, implementation, latency in us, tile) of every candidate from a count on."""
+    """Return (largest token count, implementation, latency in us, tile) of every candidate."""
     problem = problem_of(shape, mode)
     weight = torch.randn(shape, dtype=torch.float16, device="cuda")
     codes, scale, group_scale = quantized_rows(weight, problem.group_size)
@@ -144,11 +183,10 @@ def time_shape(
     exact = w4a8_linear.plan(problem, force="reference")
     operand = exact.prepare(codes, scale, group_scale)
     found = []
-    for max_tokens, num_tokens in TIMED.items():
+    for max_tokens in counts:
         if time.monotonic() > deadline:
             break
-        if max_tokens < first:
-            continue
+        num_tokens = TIMED[max_tokens]
         batch = make_batch(num_tokens, shape[1])
         rows = torch.arange(0, num_tokens, max(1, num_tokens // 8), device="cuda")
         expected = exact.linear(batch.x_codes[rows], batch.x_scale[rows], operand)
@@ -170,6 +208,8 @@ def time_shape(
         found += [(max_tokens, name_of(tile), us, tile) for tile, us in zip(tiles, latencies, strict=True)]
         best = min(zip(latencies, tiles, strict=True), key=lambda item: item[0])
         print(f"{shape[0]}x{shape[1]} {mode} {num_tokens}: {best[0]:.2f} us {best[1]}", flush=True)
+        for us, tile in sorted(zip(latencies, tiles, strict=True), key=lambda item: item[0]):
+            print(f"  {us:.2f} {name_of(tile)} {' '.join(map(str, asdict(tile).values()))}", flush=True)
     return found
 
 
@@ -202,13 +242,16 @@ def compile_one(job: tuple[tuple[int, int], int, str, int]) -> None:
     torch.cuda.synchronize()
 
 
-def compile_jobs(shapes: list[tuple[int, int]]) -> list[tuple[tuple[int, int], int, str, int]]:
+def compile_jobs(
+    shapes: list[tuple[int, int]], modes: list[str], counts: list[int]
+) -> list[tuple[tuple[int, int], int, str, int]]:
     """Return one job for each kernel that will be compiled."""
     jobs: dict[tuple, tuple] = {}
-    for shape, mode, max_tokens in itertools.product(shapes, GROUPS, TIMED):
+    for shape, mode, max_tokens in itertools.product(shapes, modes, counts):
         for index, tile in enumerate(candidates(shape, max_tokens, mode)):
             fields = asdict(tile)
             is_split = fields.pop("split", 1) > 1
+            fields.pop("cut", None)
             key = (mode, name_of(tile), is_split, *fields.values())
             jobs.setdefault(key, (shape, max_tokens, mode, index))
     return list(jobs.values())
@@ -223,12 +266,15 @@ def main(arguments: list[str] | None = None) -> None:
         "--compile-only", action="store_true", help="fill the cache of compiled kernels, time nothing"
     )
     parser.add_argument("--shapes", default=",".join(f"{n}x{k}" for n, k in LINEAR_SHAPES.values()))
-    parser.add_argument("--from", dest="first", type=int, default=1, help="measure no smaller token counts")
+    parser.add_argument("--tokens", default=",".join(map(str, TIMED)), help="largest token counts to tune for")
+    parser.add_argument("--modes", default=",".join(GROUPS), help="of " + ", ".join(GROUPS))
     parser.add_argument("--json", type=Path, default=measured.FILE, help="where the choices go")
     options = parser.parse_args(arguments)
     shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
+    counts = list(map(int, options.tokens.split(",")))
+    modes = options.modes.split(",")
     if options.processes:
-        jobs = compile_jobs(sorted(shapes))
+        jobs = compile_jobs(sorted(shapes), modes, counts)
         with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
             pool.map(compile_one, jobs, chunksize=1)
         print(f"compiled {len(jobs)} kernels", file=sys.stderr)
@@ -236,8 +282,8 @@ def main(arguments: list[str] | None = None) -> None:
         return
     deadline = time.monotonic() + options.seconds
     rows = json.loads(options.json.read_text())["choices"] if options.json.is_file() else []
-    for shape, mode in itertools.product(shapes, GROUPS):
-        for max_tokens, (name, us, tile) in choose(time_shape(shape, mode, deadline, options.first)).items():
+    for shape, mode in itertools.product(shapes, modes):
+        for max_tokens, (name, us, tile) in choose(time_shape(shape, mode, deadline, counts)).items():
             place = {"n": shape[0], "k": shape[1], "mode": mode, "max_tokens": max_tokens}
             rows = [row for row in rows if any(row[key] != value for key, value in place.items())]
             rows.append(place | {"implementation": name, "latency_us": round(us, 2), "tile": asdict(tile)})

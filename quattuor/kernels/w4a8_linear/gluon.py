@@ -10,10 +10,11 @@ from torch import Tensor
 
 from quattuor.kernels.dispatch import Implementation, LinearProblem, TokenRange
 from quattuor.kernels.w4a8_linear import measured
+from quattuor.kernels.w4a8_linear.narrow import width_of
 from quattuor.kernels.w4a8_linear.planes import BLOCK_K, PLANE_K, STORED_BITS, HopperTile, mode_of, prepare_planes
 from quattuor.kernels.w4a8_linear.triton import processors
 
-__all__ = ["Gluon", "choose_hopper_tile", "working_programs"]
+__all__ = ["Gluon", "choose_hopper_tile"]
 
 #: Stages that fit in 227 KB of shared memory for tiles of 128 rows, by tokens.
 STAGES = {8: 10, 16: 9, 32: 8, 64: 6, 128: 4}
@@ -43,20 +44,6 @@ def tile_for(problem: LinearProblem, num_tokens: int, device: torch.device) -> H
     return choose_hopper_tile(num_tokens, problem.out_features, mode_of(problem), processors(device)[0])
 
 
-@functools.lru_cache(maxsize=4096)
-def working_programs(num_tiles: int, num_blocks: int, programs: int) -> int:
-    """Return the most programs, up to a number, of which none is left without work.
-
-    Tiles that do not fill a wave are cut along K into `num_tiles % programs * num_blocks` units, shared evenly.
-    With fewer units than programs some get none, and the owner of a cut tile would wait for them for ever.
-    """
-    for count in range(programs, 1, -1):
-        units = num_tiles % count * num_blocks
-        if units == 0 or units >= count:
-            return count
-    return 1
-
-
 class Gluon(Implementation):
     """Bulk copies, warp specialization and register-operand warpgroup products, for compute capability 9.0."""
 
@@ -75,6 +62,8 @@ class Gluon(Implementation):
             return "subtracts no zero points of activations"
         if problem.weight_bits > 4:
             return f"unpacks codes of at most 4 bits, not {problem.weight_bits}"
+        if width_of(problem) < 4:
+            return f"unpacks nibbles, in which codes of {problem.weight_bits} bits are not kept"
         if problem.group_size is not None and problem.group_size % PLANE_K:
             return f"needs a group size that is a multiple of {PLANE_K}, not {problem.group_size}"
         if problem.in_features % 16:
@@ -103,6 +92,7 @@ class Gluon(Implementation):
         out_dtype: torch.dtype,
     ) -> Tensor:
         from quattuor.kernels.w4a8_linear.gluon_kernel import launch
+        from quattuor.kernels.w4a8_linear.gluon_schedule import make_schedule
 
         x_codes, x_scale, _ = inputs
         num_tokens = x_codes.shape[0]
@@ -131,6 +121,6 @@ class Gluon(Implementation):
                 group_size=problem.group_size,
                 num_blocks=num_blocks,
                 tile=tile,
-                programs=working_programs(num_tiles, num_blocks, programs),
+                schedule=make_schedule(num_tiles, num_blocks, programs, tile.cut),
             )
         return out

@@ -21,6 +21,7 @@ __all__ = [
     "Tile",
     "mode_of",
     "pack_planes",
+    "pack_words",
     "pad_weight",
     "prepare_planes",
     "tile_rows",
@@ -45,7 +46,8 @@ class Tile:
     """The work of one program: `rows` output features by `tokens`, K cut in `split` parts, and its resources.
 
     `overlap` says when the next kernel of the stream may start its programs: "none" after this one, "early" at
-    once, "late" when every program of this one has multiplied; the last two need compute capability 9.0.
+    once, "late" when every program of this one has multiplied; the last two need compute capability 9.0. `columns`
+    is how many bytes of a row are loaded at once: 128, or 64 for shorter stages.
     """
 
     rows: int
@@ -54,6 +56,7 @@ class Tile:
     num_warps: int
     num_stages: int
     overlap: str = "none"
+    columns: int = 128
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,12 +65,16 @@ class HopperTile:
 
     `registers` is what a thread of the second consumer may use, `max_registers` the cap at launch, None for what
     the compiler takes; the first consumer gets what the others leave. `per_processor` programs share each
-    multiprocessor.
+    multiprocessor. `spans` cuts the tokens in parts of 128 at most. `cut` says what becomes of the tiles that fill
+    no wave of programs (`gluon_schedule.CUTS`).
     """
 
     blocks: int
     tokens: int
     stages: int
+    spans: int = 1
+    cut: str = "even"
+    unroll: int = 1
     consumers: int = 2
     registers: int = 232
     max_registers: int | None = None
@@ -77,6 +84,22 @@ class HopperTile:
     def rows(self) -> int:
         """Output features of the tile."""
         return self.consumers * self.blocks * 64
+
+    @property
+    def shared_limit(self) -> int:
+        """Shared memory that a program may take; with a cap on registers two programs are meant to fit."""
+        return 232_448 if self.max_registers is None else 115_712
+
+    def shared_bytes(self, mode: str) -> int:
+        """Shared memory of the ring, its barriers and the output tile."""
+        group_bytes = {"channel": 0, "integer": 2, "half": 4}[mode] * self.rows
+        stage = self.rows * PLANE_K + self.tokens * BLOCK_K + group_bytes + 16
+        return self.stages * stage + self.consumers * 2 * 64 * self.tokens // self.spans
+
+    def has_room_for_scales(self, mode: str) -> bool:
+        """Whether token scales that were fetched early can be spread over threads through shared memory."""
+        spread = self.consumers * 4 * self.tokens // self.spans + 32
+        return self.shared_bytes(mode) + spread <= self.shared_limit
 
 
 def mode_of(problem: LinearProblem) -> str:
@@ -123,6 +146,24 @@ def unpack_planes(packed: Tensor, out_features: int, in_features: int) -> Tensor
     return codes.reshape(planes.shape[0], -1)[:out_features, :in_features]
 
 
+def pack_words(group_scale: Tensor, group_size: int, planes: int, in_features: int) -> Tensor:
+    """Return the scale of each plane, four planes of a block to an int32, low byte first.
+
+    Args:
+        group_scale: int8 [G', N'].
+        group_size: A multiple of a plane.
+        planes: Planes in a block: 2, 4 or 8.
+        in_features: K', whole blocks.
+
+    Returns:
+        int32 [B * words, N'], with one word for a block of up to four planes, two for eight.
+    """
+    by_plane = group_scale.repeat_interleave(group_size // PLANE_K, dim=0)[: in_features // PLANE_K]
+    words = by_plane.view(-1, min(planes, 4), group_scale.shape[1]).to(torch.int32) & 0xFF
+    shift = torch.arange(words.shape[1], dtype=torch.int32, device=words.device) * 8
+    return (words << shift[:, None]).sum(dim=1, dtype=torch.int32)
+
+
 def prepare_planes(
     problem: LinearProblem, codes: Tensor, scale: Tensor, group_scale: Tensor | None
 ) -> dict[str, Tensor]:
@@ -131,6 +172,7 @@ def prepare_planes(
     packed       int8 tiles [N' / 128, K' / 256, 128, 128] of nibbles, or [N' / 128, K' / 128, 128, 128] of bytes
     scale        float32 [N']; divided by 16 in channel mode, whose operands are 16 * code (exact: a power of two)
     group_scale  int8 (integer mode) or float16 (half mode) [G', N']: a warp reads one group of many rows
+    group_words  int32 [B, N'], the two scales of each block; integer mode with groups of whole planes only
     arrivals     int32 zeros: counters of programs that share a tile, zero again after every launch
     weight_sum   int32 [N'], sums of the operands over K; only where activations have zero points
     """
@@ -154,4 +196,6 @@ def prepare_planes(
         padding = (0, row_padding, 0, groups - problem.num_groups)
         padded = pad(group_scale.T, padding, value=1).contiguous()
         named["group_scale"] = padded.to(torch.int8) if mode == "integer" else padded
+        if mode == "integer" and problem.group_size % PLANE_K == 0:
+            named["group_words"] = pack_words(named["group_scale"], problem.group_size, 2, padded_features)
     return named

@@ -2,6 +2,7 @@
 """The Hopper kernel without a GPU: its machine code, its tiles, its share of work, its refusals."""
 
 import dataclasses
+import itertools
 import re
 
 import pytest
@@ -12,22 +13,23 @@ from ahead_of_time import compile_kernel
 
 from quattuor.errors import UnsupportedError
 from quattuor.kernels import w4a8_linear
-from quattuor.kernels.w4a8_linear.gluon import choose_hopper_tile, working_programs
+from quattuor.kernels.w4a8_linear.gluon import choose_hopper_tile
 from quattuor.kernels.w4a8_linear.gluon_kernel import MODES, w4a8_hopper_kernel
+from quattuor.kernels.w4a8_linear.gluon_schedule import CUTS, make_schedule
+from quattuor.kernels.w4a8_linear.planes import HopperTile
 
 LAYOUT = "NVMMASharedLayout(swizzle_byte_width={}, element_bitwidth={}, rank=2)"
 GROUP_SCALE = {"integer": ("i8", 8), "half": ("fp16", 16)}
 
 
-def compile_tile(mode, num_tokens):
-    """Compile the kernel as it is launched for a token count."""
-    tile = choose_hopper_tile(num_tokens, 28672, mode, 132)
+def compile_tile(mode, tile):
+    """Compile the kernel as it is launched with a tile."""
     group_type, group_bits = GROUP_SCALE.get(mode, ("i8", 8))
     signature = {
         "x_desc": f"tensordesc<i8[{tile.tokens}, 128],{LAYOUT.format(128, 8)}>",
         "w_desc": f"tensordesc<i8[128, 128],{LAYOUT.format(128, 8)}>",
         "group_desc": f"tensordesc<{group_type}[1, {tile.rows}],{LAYOUT.format(0, group_bits)}>",
-        "out_desc": f"tensordesc<fp16[{tile.tokens}, 64],{LAYOUT.format(128, 16)}>",
+        "out_desc": f"tensordesc<fp16[{tile.tokens // tile.spans}, 64],{LAYOUT.format(128, 16)}>",
         "out": "*fp16",
         "scale": "*fp32",
         "x_scale": "*fp32",
@@ -37,22 +39,27 @@ def compile_tile(mode, num_tokens):
         "num_tokens": "i32",
         "num_rows": "i32",
         "num_blocks": "i32",
+        "whole": "i32",
+        "sharers": "i32",
     }
     constants = {
         "CONSUMERS": tile.consumers,
         "BLOCKS": tile.blocks,
+        "SPANS": tile.spans,
         "TOKENS": tile.tokens,
         "MODE": MODES[mode].value,
         "GROUP_SIZE": 128,
         "BAND": 8,
         "STAGES": tile.stages,
+        "UNROLL": tile.unroll,
         "HAS_BIAS": False,
         "BULK_STORE": True,
+        "EARLY_SCALE": tile.has_room_for_scales(mode),
         "PDL": True,
         "CONSUMER_REGISTERS": tile.registers,
     }
     divisible = ["out", "scale", "x_scale", "bias", "partial", "arrivals", "num_rows"]
-    binary = compile_kernel(
+    return compile_kernel(
         w4a8_hopper_kernel,
         signature,
         constants,
@@ -63,7 +70,6 @@ def compile_tile(mode, num_tokens):
         launch_pdl=True,
         enable_fp_fusion=False,
     )
-    return tile, binary
 
 
 def product_loops(binary):
@@ -79,32 +85,56 @@ def product_loops(binary):
     return loops
 
 
+TILES = {
+    "narrow": HopperTile(blocks=1, tokens=64, stages=6),
+    "square": HopperTile(blocks=1, tokens=128, stages=4),
+    "unrolled": HopperTile(blocks=1, tokens=128, stages=4, unroll=2),
+    "tall": HopperTile(blocks=2, tokens=128, stages=3),
+    "tall half": HopperTile(blocks=2, tokens=128, stages=2),
+    "wide": HopperTile(blocks=1, tokens=256, spans=2, stages=2),
+    "paired": HopperTile(blocks=1, tokens=64, stages=3, registers=96, max_registers=80),
+}
+
+
 @pytest.mark.parametrize(
-    ("mode", "num_tokens"),
+    ("mode", "name"),
     [
-        ("channel", 4096),
-        ("integer", 128),
-        pytest.param("channel", 128, marks=pytest.mark.slow),
-        pytest.param("integer", 4096, marks=pytest.mark.slow),
-        pytest.param("half", 128, marks=pytest.mark.slow),
-        pytest.param("half", 4096, marks=pytest.mark.slow),
+        ("channel", "tall"),
+        ("integer", "unrolled"),
+        ("channel", "paired"),
+        ("integer", "wide"),
+        pytest.param("channel", "square", marks=pytest.mark.slow),
+        pytest.param("channel", "wide", marks=pytest.mark.slow),
+        pytest.param("channel", "unrolled", marks=pytest.mark.slow),
+        pytest.param("integer", "narrow", marks=pytest.mark.slow),
+        pytest.param("integer", "paired", marks=pytest.mark.slow),
+        pytest.param("integer", "tall", marks=pytest.mark.slow),
+        pytest.param("half", "square", marks=pytest.mark.slow),
+        pytest.param("half", "tall half", marks=pytest.mark.slow),
     ],
 )
-def test_machine_code(mode, num_tokens):
-    tile, binary = compile_tile(mode, num_tokens)
-    products = 2 * tile.blocks * 8  # two consumers, 256 / 32 products for each 64 rows
-    assert binary.count("IGMMA") == products
-    # one wait for each consumer: more would mean that the compiler serialized the register-operand products
-    assert binary.count(r"WARPGROUP\.DEPBAR") == 2
+def test_machine_code(mode, name):
+    tile = TILES[name]
+    binary = compile_tile(mode, tile)
+    loops = 1 if tile.unroll == 1 else 2  # several K blocks at a time, then the last ones
+    bodies = tile.unroll + loops - 1
+    # two consumers, 256 / 32 products for each 64 rows and span of tokens
+    assert binary.count("IGMMA") == 2 * tile.blocks * tile.spans * 8 * bodies
+    # one wait for each consumer and loop: more would mean that the compiler serialized the products
+    assert binary.count(r"WARPGROUP\.DEPBAR") == 2 * loops
     # weights early and in the loop, activations of two planes, group scales of two planes
     assert binary.count("UTMALDG") == 2 * tile.rows // 128 + (2 if mode == "channel" else 4)
-    assert binary.count("UTMASTG") == 2 * tile.blocks
+    assert binary.count("UTMASTG") == 2 * tile.blocks * tile.spans
     assert binary.count("STSM") > 0
     assert binary.count("PRMT") <= (500 if mode == "half" else 16)
-    assert binary.shared_bytes <= 227 * 1024
+    # sums are exchanged 8 bytes for a thread at a time
+    assert binary.count(r"STG\.E\.64") == 2 * tile.blocks * tile.tokens // 4
+    assert binary.shared_bytes <= tile.shared_limit
+    if tile.max_registers is not None:
+        assert binary.registers <= tile.max_registers
     for loop in product_loops(binary):
         assert not re.search(r"\b(STL|LDL)\b", loop), "spills between the products"
-        assert loop.count("LDSM.16.M88.4") == 4 * tile.blocks
+        assert loop.count("LDSM.16.M88.4") == 4 * tile.blocks * bodies
 
 
 @pytest.mark.parametrize("mode", list(MODES))
@@ -146,31 +176,48 @@ def test_a_layer_of_one_block_compiles_the_kernel_of_longer_layers():
     assert {"num_blocks", "num_tokens"} <= set(w4a8_hopper_kernel.do_not_specialize)
 
 
-def left_waiting(num_tiles, num_blocks, programs):
-    """Return which program waits for which one that never sets its flag, by the rules of `share` and `consume`."""
-    waves = num_tiles // programs
-    units = (num_tiles - waves * programs) * num_blocks
-    shares = [(me * units // programs, (me + 1) * units // programs) for me in range(programs)]
-    signals = {me for me, (begin, end) in enumerate(shares) if begin < end and begin % num_blocks}
-    stuck = []
-    for me, (begin, end) in enumerate(shares):
-        for tile in range(begin // num_blocks, -(-end // num_blocks) if end > begin else 0):
-            if max(begin, tile * num_blocks) == tile * num_blocks and end < (tile + 1) * num_blocks:
-                final = ((tile + 1) * num_blocks * programs - 1) // units
-                stuck += [(me, other) for other in range(me + 1, final + 1) if other not in signals]
-    return stuck
+def work_items(me, num_tiles, num_blocks, schedule):
+    """Return the (tile, first block, last block) of one program, by the rules of `share`."""
+    programs, whole, sharers = schedule
+    units = (num_tiles - whole) * num_blocks
+    begin, end = (min((me + more) * units // sharers, units) for more in (0, 1))
+    items = [(tile, 0, num_blocks) for tile in range(me, whole, programs)]
+    for cut in range(begin // num_blocks, -(-end // num_blocks) if begin < end else 0):
+        first, last = max(begin - cut * num_blocks, 0), min(end - cut * num_blocks, num_blocks)
+        items.insert(0 if first else len(items), (whole + cut, first, last))
+    return items
 
 
-def test_no_program_waits_for_one_without_work():
-    assert left_waiting(5, 3, 132), "a small layer with a program on each multiprocessor"
-    assert left_waiting(400, 20, 132), "2560 tokens of a layer of 5120 by 5120"
-    for num_blocks in (1, 2, 3, 16, 20, 54):
-        for num_tiles in range(1, 700):
-            programs = working_programs(num_tiles, num_blocks, 132)
-            assert not left_waiting(num_tiles, num_blocks, programs), (num_tiles, num_blocks)
+@pytest.mark.parametrize("cut", CUTS)
+@pytest.mark.parametrize("programs", [132, 264])
+def test_every_block_is_multiplied_once_and_every_owner_is_served(cut, programs):
+    for num_tiles, num_blocks in itertools.product(
+        (1, 2, 5, 64, 131, 132, 133, 172, 224, 400, 700), (1, 2, 3, 16, 43)
+    ):
+        schedule = make_schedule(num_tiles, num_blocks, programs, cut)
+        case = (num_tiles, num_blocks, schedule)
+        multiplied, leaves, waits = [], [], []
+        for me in range(schedule.programs):
+            items = work_items(me, num_tiles, num_blocks, schedule)
+            assert items, case
+            for position, (tile, first, last) in enumerate(items):
+                multiplied += [(tile, block) for block in range(first, last)]
+                if first > 0:
+                    assert position == 0, "what is left to others comes first"
+                    leaves.append(me)
+                elif last < num_blocks:
+                    assert position == len(items) - 1, "what waits for others comes last"
+                    units = (num_tiles - schedule.whole) * num_blocks
+                    final = ((tile - schedule.whole + 1) * num_blocks * schedule.sharers - 1) // units
+                    waits += range(me + 1, final + 1)
+        assert len(set(multiplied)) == len(multiplied) == num_tiles * num_blocks, case
+        assert waits == leaves, case
 
 
-def test_few_programs_are_lost():
-    assert working_programs(400, 20, 132) == 131
-    assert working_programs(5, 3, 132) == 15
-    assert all(working_programs(num_tiles, 20, 132) >= 126 for num_tiles in range(132, 700))
+def test_cuts():
+    assert make_schedule(128, 16, 132, "even") == (132, 0, 132)
+    assert make_schedule(64, 16, 132, "aligned") == (128, 0, 128), "two programs for each tile"
+    assert make_schedule(172, 16, 132, "aligned") == (132, 132, 120), "a whole wave, then three for each tile"
+    assert make_schedule(224, 32, 132, "none") == (132, 224, 1)
+    assert make_schedule(5, 3, 132, "even") == (15, 0, 15), "no program without a block"
+    assert make_schedule(264, 16, 132, "even") == (132, 264, 1), "whole waves"

@@ -1,0 +1,93 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Which K blocks of which output tile each program of the Hopper kernel multiplies, and in which order.
+
+`whole` tiles go to the programs in turn. The tiles that are left are cut along K: their blocks, in a row, are
+shared evenly by `sharers` programs. A share that starts inside a tile leaves its sums to the program that holds
+the first block of this tile, its owner. A program multiplies what it leaves to others first, then its whole tiles,
+then what it owns, so that the sums of others have long arrived.
+"""
+
+import functools
+from typing import NamedTuple
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+
+__all__ = ["CUTS", "Schedule", "make_schedule", "num_items", "place", "share"]
+
+#: What becomes of the tiles that fill no wave: whole all the same, cut into equal shares for all programs, or each
+#: cut into the same number of pieces.
+CUTS = ("none", "even", "aligned")
+
+
+class Schedule(NamedTuple):
+    """The programs of a launch, the tiles they compute whole, and how many programs share the others."""
+
+    programs: int
+    whole: int
+    sharers: int
+
+
+@functools.lru_cache(maxsize=4096)
+def make_schedule(num_tiles: int, num_blocks: int, programs: int, cut: str) -> Schedule:
+    """Return the schedule of a layer for at most so many programs.
+
+    No sharer is without a block: an owner would wait for it for ever.
+    """
+    rest = num_tiles % programs
+    if cut == "none" or rest == 0 or (cut == "aligned" and 2 * rest > programs):
+        return Schedule(min(programs, num_tiles), num_tiles, 1)
+    sharers = min(programs, rest * num_blocks) if cut == "even" else rest * min(programs // rest, num_blocks)
+    return Schedule(programs if num_tiles > programs else sharers, num_tiles - rest, sharers)
+
+
+@gluon.jit
+def my_share(num_tiles, num_blocks, whole, sharers):
+    """Number of this program, and its range of the blocks of cut tiles.
+
+    Programs are numbered from the last, so that one that waits for another waits for one launched earlier.
+    """
+    me = gl.num_programs(0) - 1 - gl.program_id(0)
+    units = (num_tiles - whole) * num_blocks
+    begin = gl.minimum(me * units // sharers, units)
+    end = gl.minimum((me + 1) * units // sharers, units)
+    return me, begin, end
+
+
+@gluon.jit
+def num_left(begin, end, num_blocks):
+    """1 if the program leaves the sums of its first piece to an owner, else 0."""
+    return gl.where((begin < end) & (begin % num_blocks != 0), 1, 0)
+
+
+@gluon.jit
+def num_items(num_tiles, num_blocks, whole, sharers):
+    """Work items of this program: the piece it leaves, its whole tiles, the piece it owns."""
+    me, begin, end = my_share(num_tiles, num_blocks, whole, sharers)
+    programs = gl.num_programs(0)
+    owns = (begin < end) & ((end - 1) // num_blocks * num_blocks >= begin)
+    return num_left(begin, end, num_blocks) + (whole - me + programs - 1) // programs + gl.where(owns, 1, 0)
+
+
+@gluon.jit
+def share(item, num_tiles, num_blocks, whole, sharers):
+    """Tile, first and last K block of a work item of this program."""
+    me, begin, end = my_share(num_tiles, num_blocks, whole, sharers)
+    programs = gl.num_programs(0)
+    left = num_left(begin, end, num_blocks)
+    tile = (item - left) * programs + me
+    is_left = item < left
+    is_cut = is_left | (tile >= whole)
+    cut_tile = gl.where(is_left, begin, end - 1) // num_blocks
+    first = gl.where(is_left, begin - cut_tile * num_blocks, 0)
+    last = gl.where(is_cut, gl.minimum(num_blocks, end - cut_tile * num_blocks), num_blocks)
+    return gl.where(is_cut, whole + cut_tile, tile), first, last
+
+
+@gluon.jit
+def place(tile, num_row_tiles, num_token_tiles, BAND: gl.constexpr):
+    """Row tile and token tile: all rows of a band of token tiles, whose activations stay in L2, then the next."""
+    in_band = tile % (BAND * num_row_tiles)
+    first_token_tile = tile // (BAND * num_row_tiles) * BAND
+    width = gl.minimum(BAND, num_token_tiles - first_token_tile)
+    return in_band // width, first_token_tile + in_band % width
