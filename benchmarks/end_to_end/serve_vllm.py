@@ -10,9 +10,8 @@ process of its own and is ended after its timeout. The record is written again a
 the median time of a batch, `prefill_s` of the same batch with one output token: the time to the first token.
 Settings are the same for every format; CUDA graphs are captured for the batches and for one prompt.
 
-`--warm` only starts the engines of all formats, side by side, which fills their compile caches for a run without it.
-`--profile` adds the kernels of one decode step of these batches to the record
-`serve_vllm_kernels`.
+`--warm` only starts the engines of all formats, side by side, and so fills their compile caches. `--profile` adds
+the kernels of one decode step of these batches to the record `serve_vllm_kernels`.
 """
 
 import argparse
