@@ -231,10 +231,12 @@ def humming_choice(layer: object, token_counts: tuple[int, ...]) -> str:
     return json.dumps(chosen)
 
 
-def humming(weight: Tensor, token_counts: tuple[int, ...]) -> Iterator[Contender]:
+def humming(
+    weight: Tensor, token_counts: tuple[int, ...], configs: Sequence[tuple] = HUMMING_CONFIGS
+) -> Iterator[Contender]:
     """The package humming-kernels, with int8 and with 16-bit activations."""
     total = num_copies(weight.numel() // 2)
-    for name, granularity, weight_config, input_config in HUMMING_CONFIGS:
+    for name, granularity, weight_config, input_config in configs:
         layers = humming_layers(weight, total, weight_config, input_config)
         choice = humming_choice(layers[0], token_counts)
 

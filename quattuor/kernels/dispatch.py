@@ -238,6 +238,10 @@ class Implementation(ABC):
         """Return None when this should compute the range, else why a later implementation is better there."""
         return None
 
+    def remark(self, problem: LinearProblem, tokens: TokenRange) -> str:
+        """Return what `explain` should add about how this computes the range, or nothing."""
+        return ""
+
     @abstractmethod
     def prepare(self, problem: LinearProblem, *tensors: Tensor | None) -> dict[str, Tensor]:
         """Return the tensors of the layout, named; the arguments are those of the operation's `prepare`."""
@@ -382,6 +386,8 @@ def choose(
             if reason is None:
                 reason = "forced" if force else "first that supports the layer"
                 reason += storage_remark(implementation, problem)
+                remark = implementation.remark(problem, tokens)
+                reason += f"; {remark}" if remark else ""
             rows.append(Row(str(tokens), implementation.name, implementation is winner, reason))
         assert winner is not None, f"{operation}: the last implementation must support every legal problem"
         chosen.append(winner)

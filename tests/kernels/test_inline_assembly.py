@@ -14,7 +14,8 @@ import torch
 pytest.importorskip("triton")
 
 from quattuor.kernels.w4a8_linear import unpacking
-from quattuor.kernels.w4a16_linear import triton_kernel as w4a16
+from quattuor.kernels.w4a16_linear import planes
+from quattuor.kernels.w4a16_linear import unpacking as fields
 
 
 def halves(value):
@@ -89,7 +90,7 @@ def run(text, registers):
             return registers[name]
         return np.full(size, int(name, 0), dtype=np.uint32)
 
-    for statement in text.value.strip("{} \n").split(";"):
+    for statement in str(getattr(text, "value", text)).strip("{} \n").split(";"):
         words = re.split(r"[\s,]+", statement.strip())
         if words == [""] or words[0] == ".reg":
             continue
@@ -145,10 +146,27 @@ def test_half_operands_for_every_kind_of_scale(plane):
         assert (found == expected.numpy()).all(), scale
 
 
-@PLANES
-@pytest.mark.parametrize(("kind", "view"), [("HALF", halves), ("BFLOAT", bfloats)])
-def test_floating_point_codes_are_exact(plane, kind, view):
-    packed, low, high = every_byte()
-    registers = run(getattr(w4a16, f"{plane}_{kind}"), {"$2": packed})
-    found = np.concatenate((view(registers["$0"]), view(registers["$1"])), axis=1).reshape(-1)
-    assert (found == codes_of(plane, low, high)).all()
+@pytest.mark.parametrize("is_half", [True, False])
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_floating_point_codes_less_their_zero_point_are_exact(bits, is_half):
+    layout = planes.Layout(bits, 16)
+    codes = torch.randint(2**bits, (128, layout.block_k))
+    words = planes.pack(codes, layout).numpy().reshape(layout.words, -1).view(np.uint32)
+    view = halves if is_half else bfloats
+    for plane in range(layout.planes):
+        expected = codes[:, plane * 16 : plane * 16 + 16].reshape(-1, 2).double().numpy()
+        registers = {f"${index + 1}": word for index, word in enumerate(words)}
+        if fields.arity(bits, plane) == 1:
+            registers = {"$1": words[fields.word_of(bits, plane)]}
+        found = run(fields.assembly(bits, plane, is_half, False), registers)["$0"]
+        assert (view(found) == expected - 2 ** (bits - 1)).all(), plane
+        for zero in (0, 1, 2**bits - 1):
+            # what the kernel passes: the zero point where the field's own last bit is, and the magic number
+            place = 2 ** -fields.position(bits, plane, is_half)
+            rest = -(1024 * place + zero) if is_half else -(zero + (128 if bits < 8 else 0))
+            dtype = torch.float16 if is_half else torch.bfloat16
+            both = torch.full((2 * len(words[0]),), rest, dtype=torch.float64).to(dtype)
+            addend = both.view(torch.int16).numpy().view(np.uint32)
+            text = fields.assembly(bits, plane, is_half, True)
+            found = run(text, registers | {f"${fields.arity(bits, plane) + 1}": addend})["$0"]
+            assert (view(found) == expected - zero).all(), (plane, zero)

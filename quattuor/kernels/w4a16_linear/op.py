@@ -17,6 +17,7 @@ from quattuor.kernels.dispatch import (
     check,
     check_tensor,
     choose,
+    describe_device,
 )
 from quattuor.kernels.layer import check_call, prepare_layouts, select
 from quattuor.kernels.w4a16_linear.float32 import Float32
@@ -42,6 +43,7 @@ def known_problem(
     group_size: int,
     zero_point: bool,
     device_type: str,
+    compute_capability: tuple[int, int] | None,
 ) -> LinearProblem:
     """Return the problem of a layer that the operator computes; cached, since a call has no time to check it."""
     return LinearProblem(
@@ -52,6 +54,7 @@ def known_problem(
         zero_point=zero_point,
         activation_bits=16,
         device_type=device_type,
+        compute_capability=compute_capability,
     )
 
 
@@ -81,7 +84,12 @@ def w4a16_linear(
     """
     tensors = dict(zip(names.split(","), operand, strict=True))
     problem = known_problem(
-        out_features, x.shape[1], weight_bits, group_size, "zero_point" in tensors, x.device.type
+        out_features,
+        x.shape[1],
+        weight_bits,
+        group_size,
+        not tensors.keys().isdisjoint(("zero_point", "offset")),
+        **describe_device(x.device),
     )
     return BY_NAME[implementation].linear(problem, (x,), tensors, bias, out_dtype)
 

@@ -1,97 +1,148 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton kernel of the operation, for compute capability 8.0 and later, and its launch.
+"""The Triton kernels of the operation, for compute capability 8.0 and later, and their launches.
 
-As in w4a8_linear the operands are swapped and the codes unpacked in registers. The tensor cores multiply plain
-codes; the scale of a group is applied to the float32 sum over the group, and its zero point to the sum of the
-activations over the group, so that neither is ever rounded to 16 bits.
+The operands are swapped, as in w4a8_linear: a program computes y[tokens, rows] transposed. Words of the packed
+weight go from shared memory to registers as the tensor cores want them; a mask and a multiply-add make a plane of
+them the operand. The tensor cores multiply codes less integer zero points, which are exact; the scale of a group
+meets the float32 sum over the group, and so does a zero point that is no integer.
 """
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quattuor.kernels.w4a8_linear.planes import Tile
+from quattuor.kernels.w4a16_linear.planes import TILE_ROWS, Layout
+from quattuor.kernels.w4a16_linear.unpacking import arity, assembly, constraints, position, word_of
 
-__all__ = ["launch", "w4a16_kernel"]
+__all__ = ["decode_kernel", "launch", "launch_decode", "w4a16_kernel"]
 
-# With u = code + 8: 0x64uu is the float16 1024 + u and 0x43uu the bfloat16 128 + u; one multiply-add subtracts
-# the rest exactly. $0 and $1 receive the codes of bytes 0, 1 and 2, 3.
-UNPACK = """{{
-    .reg .b32 t, high, one, rest;
-    {shift}
-    lop3.b32 t, t, 0x0F0F0F0F, 0x08080808, 0x6A;
-    mov.b32 high, {high};
-    prmt.b32 $0, t, high, 0x4140;
-    prmt.b32 $1, t, high, 0x4342;
-    mov.b32 one, {one};
-    mov.b32 rest, {rest};
-    fma.rn.{type} $0, $0, one, rest;
-    fma.rn.{type} $1, $1, one, rest;
-}}"""
-SHIFTS = {"LOW": "mov.b32 t, $2;", "HIGH": "shr.u32 t, $2, 4;"}
-HALF = {"high": "0x64646464", "one": "0x3C003C00", "rest": "0xE408E408", "type": "f16x2"}  # 1, -1032
-BFLOAT = {"high": "0x43434343", "one": "0x3F803F80", "rest": "0xC308C308", "type": "bf16x2"}  # 1, -136
-LOW_HALF = tl.constexpr(UNPACK.format(shift=SHIFTS["LOW"], **HALF))
-HIGH_HALF = tl.constexpr(UNPACK.format(shift=SHIFTS["HIGH"], **HALF))
-LOW_BFLOAT = tl.constexpr(UNPACK.format(shift=SHIFTS["LOW"], **BFLOAT))
-HIGH_BFLOAT = tl.constexpr(UNPACK.format(shift=SHIFTS["HIGH"], **BFLOAT))
+# What is subtracted from a code.
+MIDDLE = tl.constexpr(0)  # the middle of the range: signed codes
+INTEGER = tl.constexpr(1)  # the integer zero point of its group, in a byte
+OFFSET = tl.constexpr(2)  # the middle; the float32 rest of the zero point is applied to the sum over the group
+
+# When the next kernel may start its programs.
+NONE = tl.constexpr(0)
+EARLY = tl.constexpr(1)
+LATE = tl.constexpr(2)
+OVERLAPS = {"none": NONE, "early": EARLY, "late": LATE}
 
 
 @triton.jit
-def decode(codes, dtype: tl.constexpr, HIGH: tl.constexpr, NIBBLES: tl.constexpr, ASM: tl.constexpr):
-    """The codes of one plane as floating-point numbers; exact in every dtype."""
-    if NIBBLES and ASM and dtype == tl.float16:
-        value = tl.inline_asm_elementwise(
-            HIGH_HALF if HIGH else LOW_HALF, "=&r,=&r,r", [codes], dtype=tl.float16, is_pure=True, pack=4
-        )
-    elif NIBBLES and ASM and dtype == tl.bfloat16:
-        value = tl.inline_asm_elementwise(
-            HIGH_BFLOAT if HIGH else LOW_BFLOAT, "=&r,=&r,r", [codes], dtype=tl.bfloat16, is_pure=True, pack=4
-        )
-    elif NIBBLES:
-        shifted = codes if HIGH else codes << 4
-        value = (shifted >> 4).to(dtype)
+def addend(zero, dtype: tl.constexpr, BITS: tl.constexpr, PLANE: tl.constexpr):
+    """The number that `assembly` adds, twice in an int32: -(1024 * 2^-p + zero), -(128 + zero) or -zero."""
+    if dtype == tl.float16:
+        low: tl.constexpr = position(BITS, PLANE, True)
+        value = zero * (0x00010001 << low) + ((0xE400 - (low << 10)) * 0x00010001 - 0x100000000)
+    elif BITS < 8:
+        value = zero * 0x00010001 + (0xC300C300 - 0x100000000)
     else:
-        value = codes.to(dtype)
+        bits = (-zero.to(tl.float32)).to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        value = bits | (bits << 16)
     return value
 
 
 @triton.jit
-def add_group(
-    acc,
-    codes,
-    x,
-    zero_point,
-    scale,
-    first_k,
-    row,
-    token,
-    column,
-    M,
-    K,
-    stride_xm,
-    N_PADDED,
-    GROUP_SIZE: tl.constexpr,
-    HIGH: tl.constexpr,
-    NIBBLES: tl.constexpr,
-    HAS_ZERO: tl.constexpr,
-    ASM: tl.constexpr,
-):
-    """Add the product over one piece of a group: scale * (codes @ x - zero_point * sum of x)."""
-    k = first_k + column
-    mask = (token[None, :] < M) & (k[:, None] < K)
-    tokens = tl.load(x + token[None, :].to(tl.int64) * stride_xm + k[:, None], mask=mask, other=0.0)
-    weight = decode(codes, x.dtype.element_ty, HIGH, NIBBLES, ASM)
-    product = tl.dot(weight, tokens, input_precision="ieee", out_dtype=tl.float32)
-    group = first_k // GROUP_SIZE * N_PADDED
-    if HAS_ZERO:
-        offset = tl.load(zero_point + group + row)
-        product -= offset[:, None] * tl.sum(tokens.to(tl.float32), axis=0)[None, :]
-    return acc + product * tl.load(scale + group + row)[:, None]
+def field(word, other, third, BITS: tl.constexpr, PLANE: tl.constexpr):
+    """The codes of one plane as int32, for dtypes and interpreters without assembly."""
+    if BITS == 3 and PLANE == 15:
+        first = (word.to(tl.int32) >> 15) & 1
+        second = (other.to(tl.int32) >> 15) & 1
+        code = first | (second << 1) | (((third.to(tl.int32) >> 15) & 1) << 2)
+    else:
+        place: tl.constexpr = (PLANE % 5 if BITS == 3 else PLANE) * BITS
+        code = (word.to(tl.int32) >> place) & ((1 << BITS) - 1)
+    return code
 
 
 @triton.jit
+def decode(
+    words,
+    zero,
+    dtype: tl.constexpr,
+    BITS: tl.constexpr,
+    PLANE: tl.constexpr,
+    ZERO: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """The codes of one plane less `zero` [rows] or the middle of the range; exact in every dtype."""
+    index: tl.constexpr = word_of(BITS, PLANE)
+    word = words[index % 3 if BITS == 3 else 0]
+    if ASM and dtype != tl.float32:
+        is_half: tl.constexpr = dtype == tl.float16
+        text: tl.constexpr = assembly(BITS, PLANE, is_half, ZERO == INTEGER)
+        registers: tl.constexpr = constraints(BITS, PLANE, ZERO == INTEGER)
+        if ZERO == INTEGER:
+            rest = addend(zero.to(tl.int32), dtype, BITS, PLANE)[:, None]
+            operands = [words[0], words[1], words[2], rest] if arity(BITS, PLANE) == 3 else [word, rest]
+        elif arity(BITS, PLANE) == 3:
+            operands = [words[0], words[1], words[2]]
+        else:
+            operands = [word]
+        if is_half:
+            value = tl.inline_asm_elementwise(text, registers, operands, dtype=tl.float16, is_pure=True, pack=2)
+        else:
+            value = tl.inline_asm_elementwise(text, registers, operands, dtype=tl.bfloat16, is_pure=True, pack=2)
+    else:
+        code = field(word, words[1], words[2], BITS, PLANE)
+        if ZERO == INTEGER:
+            value = (code - zero.to(tl.int32)[:, None]).to(dtype)
+        else:
+            value = (code - (1 << (BITS - 1))).to(dtype)
+    return value
+
+
+@triton.jit
+def load_words(weight, block, WORDS: tl.constexpr, PLANE_K: tl.constexpr):
+    """The one or three words of each element of a block's planes, as a tuple of three."""
+    size: tl.constexpr = 128 * PLANE_K
+    first = tl.load(weight + block * (WORDS * size))
+    second = first
+    third = first
+    if WORDS == 3:
+        second = tl.load(weight + block * (WORDS * size) + size)
+        third = tl.load(weight + block * (WORDS * size) + 2 * size)
+    return first, second, third
+
+
+@triton.jit
+def load_groups(values, block, N_PADDED, PIECES: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_SIZE: tl.constexpr):
+    """The value of each row for each piece of a block."""
+    found = ()
+    for piece in tl.static_range(PIECES):
+        group = (block * BLOCK_K + piece * (BLOCK_K // PIECES)) // GROUP_SIZE
+        found = found + (tl.load(values + group * N_PADDED),)  # noqa: RUF005 (Triton knows no unpacking)
+    return found
+
+
+@triton.jit
+def prefetch(pointer):
+    """Bring the cache line at each address to L2."""
+    address = pointer.to(tl.int64)
+    tl.inline_asm_elementwise(
+        "{ .reg .b64 a; cvta.to.global.u64 a, $1; prefetch.global.L2 [a]; mov.b32 $0, 0; }",
+        "=r,l",
+        [address],
+        dtype=tl.int32,
+        is_pure=False,
+        pack=1,
+    )
+
+
+@triton.jit
+def load_tokens(x, token, k, M, K, stride_xm, EVEN_K: tl.constexpr):
+    """Activations [k, tokens], zero outside the matrix."""
+    mask = token[None, :] < M
+    if not EVEN_K:
+        mask = mask & (k[:, None] < K)
+    return tl.load(x + token[None, :].to(tl.int64) * stride_xm + k[:, None], mask=mask, other=0.0)
+
+
+# a kernel serves every batch and every cut of K: these sizes decide nothing that is compiled
+@triton.jit(do_not_specialize=["M", "NUM_BLOCKS", "SPLIT"])
 def w4a16_kernel(
     x,
     packed,
@@ -107,88 +158,92 @@ def w4a16_kernel(
     stride_xm,
     N_PADDED,
     NUM_BLOCKS,
+    SPLIT,
     ROWS: tl.constexpr,
     TOKENS: tl.constexpr,
-    PIECE: tl.constexpr,
+    BITS: tl.constexpr,
+    PLANES: tl.constexpr,
+    WORDS: tl.constexpr,
+    PLANE_K: tl.constexpr,
+    PIECES: tl.constexpr,
     GROUP_SIZE: tl.constexpr,
-    NIBBLES: tl.constexpr,
-    HAS_ZERO: tl.constexpr,
+    ZERO: tl.constexpr,
     HAS_BIAS: tl.constexpr,
-    SPLIT: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
+    EVEN_K: tl.constexpr,
     ASM: tl.constexpr,
+    OVERLAP: tl.constexpr,
 ):
     """One tile of ROWS outputs by TOKENS tokens over 1 / SPLIT of the K blocks, in pieces of one group.
 
-    With SPLIT > 1 every program stores its float32 sums; the last to arrive at a tile adds them in the order of
-    the parts, whoever is last, and resets the arrival counter for the next launch.
+    GROUP_SIZE is 0 with one scale per row. When the tile is split every program stores its float32 sums; the last
+    to arrive at a tile adds them in the order of the parts, whoever is last, and resets the arrival counter.
     """
     tile = tl.program_id(0)
     part = tl.program_id(1)
     num_row_tiles = tl.cdiv(N, ROWS)
     row = (tile % num_row_tiles) * ROWS + tl.arange(0, ROWS)
     token = (tile // num_row_tiles) * TOKENS + tl.arange(0, TOKENS)
-    column = tl.arange(0, PIECE)
-    chunks = NUM_BLOCKS * (1 if NIBBLES else 2)
-    row_start = packed + (row // 128).to(tl.int64) * chunks * 16384 + row % 128 * 128
+    column = tl.arange(0, PLANE_K)
+    dtype: tl.constexpr = x.dtype.element_ty
+    BLOCK_K: tl.constexpr = PLANES * PLANE_K
+    IS_GROUPED: tl.constexpr = GROUP_SIZE > 0
+    GROUP: tl.constexpr = GROUP_SIZE if IS_GROUPED else 1 << 30
+    RUN: tl.constexpr = PLANES // PIECES
+    row_start = packed + (row // 128).to(tl.int64) * NUM_BLOCKS * (WORDS * 128 * PLANE_K) + row % 128 * PLANE_K
     weight = row_start[:, None] + column[None, :]
-    pieces: tl.constexpr = 128 // PIECE
-    first = part * NUM_BLOCKS // SPLIT * pieces
-    last = (part + 1) * NUM_BLOCKS // SPLIT * pieces
+    first = part * NUM_BLOCKS // SPLIT
+    last = (part + 1) * NUM_BLOCKS // SPLIT
+    row_scale = scale + row
+    row_zero = zero_point + row
+
+    if OVERLAP != NONE:
+        # the weight does not depend on the kernel before this one: bring its first blocks to L2 while that drains
+        if OVERLAP == EARLY:
+            gdc_launch_dependents()
+        for ahead in tl.static_range(4):
+            prefetch(row_start + tl.minimum(first + ahead, last - 1) * (WORDS * 128 * PLANE_K))
+        gdc_wait()
 
     acc = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
-    for piece in range(first, last):
-        block = piece // pieces
-        inside = piece % pieces * PIECE
-        k = block * 256 + inside
-        if NIBBLES:
-            low = tl.load(weight + block * 16384 + inside)
-            high = low
-        else:
-            low = tl.load(weight + block * 32768 + inside)
-            high = tl.load(weight + block * 32768 + 16384 + inside)
-        acc = add_group(
-            acc,
-            low,
-            x,
-            zero_point,
-            scale,
-            k,
-            row,
-            token,
-            column,
-            M,
-            K,
-            stride_xm,
-            N_PADDED,
-            GROUP_SIZE,
-            False,
-            NIBBLES,
-            HAS_ZERO,
-            ASM,
-        )
-        acc = add_group(
-            acc,
-            high,
-            x,
-            zero_point,
-            scale,
-            k + 128,
-            row,
-            token,
-            column,
-            M,
-            K,
-            stride_xm,
-            N_PADDED,
-            GROUP_SIZE,
-            True,
-            NIBBLES,
-            HAS_ZERO,
-            ASM,
-        )
+    carried = ()
+    if IS_GROUPED and ZERO != INTEGER:
+        carried = load_groups(row_scale, first, N_PADDED, PIECES, BLOCK_K, GROUP)
+    for block in range(first, last):
+        words = load_words(weight, block, WORDS, PLANE_K)
+        zeros = ()
+        if ZERO != MIDDLE:
+            zeros = load_groups(row_zero, block, N_PADDED, PIECES, BLOCK_K, GROUP)
+        scales = carried
+        if IS_GROUPED and ZERO != INTEGER:
+            # a block ahead, so that nothing waits for them. Zero points in the operand cannot be carried so: the
+            # compiler would move the operand through shared memory
+            following = tl.minimum(block + 1, last - 1)
+            carried = load_groups(row_scale, following, N_PADDED, PIECES, BLOCK_K, GROUP)
+        elif IS_GROUPED:
+            scales = load_groups(row_scale, block, N_PADDED, PIECES, BLOCK_K, GROUP)
+        for piece in tl.static_range(PIECES):
+            # never the sum of all blocks: the compiler would wait for each of its warpgroup products
+            product = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
+            total = tl.zeros((TOKENS,), dtype=tl.float32)
+            for run in tl.static_range(RUN):
+                k = block * BLOCK_K + (piece * RUN + run) * PLANE_K + column
+                tokens = load_tokens(x, token, k, M, K, stride_xm, EVEN_K)
+                zero = zeros[piece] if ZERO == INTEGER else 0
+                operand = decode(words, zero, dtype, BITS, piece * RUN + run, ZERO, ASM)
+                product = tl.dot(operand, tokens, product, input_precision="ieee", out_dtype=tl.float32)
+                if ZERO == OFFSET:
+                    total += tl.sum(tokens.to(tl.float32), axis=0)
+            if ZERO == OFFSET:
+                product -= zeros[piece][:, None] * total[None, :]
+            if IS_GROUPED:
+                product *= scales[piece].to(tl.float32)[:, None]
+            acc += product
 
+    if OVERLAP == LATE:
+        gdc_launch_dependents()
     is_last = True
-    if SPLIT > 1:
+    if IS_SPLIT:
         offset = tl.arange(0, ROWS)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
         slabs = partial + tile.to(tl.int64) * (SPLIT * ROWS * TOKENS)
         tl.store(slabs + part * (ROWS * TOKENS) + offset, acc)
@@ -200,11 +255,78 @@ def w4a16_kernel(
                 acc += tl.load(slabs + other * (ROWS * TOKENS) + offset, cache_modifier=".cg")
             tl.store(arrivals + tile, 0)
     if is_last:
+        if not IS_GROUPED:
+            acc = acc * tl.load(row_scale).to(tl.float32)[:, None]
         if HAS_BIAS:
             acc = acc + tl.load(bias + row, mask=row < N, other=0.0).to(tl.float32)[:, None]
         where = out + token[None, :].to(tl.int64) * N + row[:, None]
         mask = (token[None, :] < M) & (row[:, None] < N)
         tl.store(where, acc.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def decode_kernel(
+    packed,
+    scale,
+    zero_point,
+    out,
+    N,
+    K,
+    N_PADDED,
+    NUM_BLOCKS,
+    ROWS: tl.constexpr,
+    BITS: tl.constexpr,
+    PLANES: tl.constexpr,
+    WORDS: tl.constexpr,
+    PLANE_K: tl.constexpr,
+    PIECES: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    ZERO: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """Write ROWS rows of one block of the weight, in float32 and rounded once to the dtype of `out`."""
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    block = tl.program_id(1)
+    column = tl.arange(0, PLANE_K)
+    BLOCK_K: tl.constexpr = PLANES * PLANE_K
+    GROUP: tl.constexpr = GROUP_SIZE if GROUP_SIZE > 0 else 1 << 30
+    RUN: tl.constexpr = PLANES // PIECES
+    row_start = packed + (row // 128).to(tl.int64) * NUM_BLOCKS * (WORDS * 128 * PLANE_K) + row % 128 * PLANE_K
+    words = load_words(row_start[:, None] + column[None, :], block, WORDS, PLANE_K)
+    scales = load_groups(scale + row, block, N_PADDED, PIECES, BLOCK_K, GROUP)
+    zeros = scales
+    if ZERO != MIDDLE:
+        zeros = load_groups(zero_point + row, block, N_PADDED, PIECES, BLOCK_K, GROUP)
+    for piece in tl.static_range(PIECES):
+        for run in tl.static_range(RUN):
+            k = block * BLOCK_K + (piece * RUN + run) * PLANE_K + column
+            code = decode(words, zeros[piece], out.dtype.element_ty, BITS, piece * RUN + run, ZERO, ASM)
+            value = code.to(tl.float32)
+            if ZERO == OFFSET:
+                value -= zeros[piece][:, None]
+            value *= scales[piece].to(tl.float32)[:, None]
+            where = out + row[:, None].to(tl.int64) * K + k[None, :]
+            mask = (row[:, None] < N) & (k[None, :] < K)
+            tl.store(where, value.to(out.dtype.element_ty), mask=mask)
+
+
+def constants(
+    layout: Layout, group_size: int | None, zero_point: Tensor | None, interpret: bool
+) -> dict[str, object]:
+    """Return what both kernels are compiled for."""
+    zero = MIDDLE
+    if zero_point is not None:
+        zero = INTEGER if zero_point.dtype == torch.uint8 else OFFSET
+    return {
+        "BITS": layout.bits,
+        "PLANES": layout.planes,
+        "WORDS": layout.words,
+        "PLANE_K": layout.plane_k,
+        "PIECES": layout.pieces(group_size),
+        "GROUP_SIZE": group_size or 0,
+        "ZERO": zero,
+        "ASM": not interpret,
+    }
 
 
 def launch(
@@ -216,16 +338,16 @@ def launch(
     bias: Tensor | None,
     out: Tensor,
     *,
-    nibbles: bool,
-    group_size: int,
-    piece: int,
+    layout: Layout,
+    group_size: int | None,
     tile: Tile,
     interpret: bool = False,
 ) -> None:
-    """Fill `out` [M, N]; the weight tensors are padded as `w4a16_linear.triton` prepares them.
+    """Fill `out` [M, N]; the weight tensors are what `planes.prepare_tensors` makes.
 
-    `piece` is the part of K, at most 128, that lies in one group. `arrivals` is an int32 counter per tile, zero
-    before and after. `interpret` replaces the inline assembly by arithmetic that Triton's interpreter knows.
+    `zero_point` is uint8 or the float32 offset, `group_size` None with one scale per row. `arrivals` is an int32
+    counter per tile, zero before and after. Where the tile overlaps kernels, no kernel still in flight may write
+    the weight. `interpret` replaces the inline assembly by arithmetic that Triton's interpreter knows.
     """
     num_tokens, in_features = x.shape
     out_features = out.shape[1]
@@ -247,17 +369,45 @@ def launch(
         out_features,
         in_features,
         x.stride(0),
-        packed.shape[0] * 128,
-        packed.shape[1] // (1 if nibbles else 2),
+        packed.shape[0] * TILE_ROWS,
+        packed.shape[1],
+        tile.split,
         ROWS=tile.rows,
         TOKENS=tile.tokens,
-        PIECE=piece,
-        GROUP_SIZE=group_size,
-        NIBBLES=nibbles,
-        HAS_ZERO=zero_point is not None,
         HAS_BIAS=bias is not None,
-        SPLIT=tile.split,
-        ASM=not interpret,
+        IS_SPLIT=tile.split > 1,
+        EVEN_K=in_features % layout.block_k == 0,
+        OVERLAP=OVERLAPS[tile.overlap],
+        **constants(layout, group_size, zero_point, interpret),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
+        launch_pdl=tile.overlap != "none",
+    )
+
+
+def launch_decode(
+    packed: Tensor,
+    scale: Tensor,
+    zero_point: Tensor | None,
+    out: Tensor,
+    *,
+    layout: Layout,
+    group_size: int | None,
+    interpret: bool = False,
+) -> None:
+    """Fill `out` [N, K] with the weight; arguments as for `launch`."""
+    out_features, in_features = out.shape
+    rows = 64
+    decode_kernel[(triton.cdiv(out_features, rows), packed.shape[1])](
+        packed,
+        scale,
+        scale if zero_point is None else zero_point,
+        out,
+        out_features,
+        in_features,
+        packed.shape[0] * TILE_ROWS,
+        packed.shape[1],
+        ROWS=rows,
+        **constants(layout, group_size, zero_point, interpret),
+        num_warps=4,
     )
