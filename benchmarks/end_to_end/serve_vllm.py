@@ -11,7 +11,7 @@ the median time of a batch, `prefill_s` of the same batch with one output token:
 Settings are the same for every format; CUDA graphs are captured for the batches and for one prompt.
 
 `--warm` only starts the engines of all formats, side by side, and so fills their compile caches. `--profile` adds
-the kernels of one decode step of these batches to the record `serve_vllm_kernels`.
+the kernels of one decode step of these batches, in our own formats, to the record `serve_vllm_kernels`.
 """
 
 import argparse

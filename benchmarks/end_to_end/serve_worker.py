@@ -18,6 +18,8 @@ __all__ = ["KERNEL", "ROW", "Row", "decode_kernels", "settings", "tokens_per_sec
 
 #: How lines start that hold, as JSON, a row of the times or of the kernels.
 ROW, KERNEL = "ROW ", "KERNEL "
+#: How the names of our own formats start, the only ones that are profiled.
+OURS = "quattuor"
 _PROFILED_STEPS = 16
 
 Row = dict[str, str | int | float | bool | None]
@@ -53,7 +55,7 @@ def work(options: argparse.Namespace) -> None:
         config = model_config(options.shape, options.worker)
         (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
         arguments = settings(folder, options)
-        if options.profile:
+        if options.profile and options.worker.startswith(OURS):
             profiler = {"profiler": "torch", "torch_profiler_dir": str(folder), "torch_profiler_with_stack": False}
             arguments["profiler_config"] = profiler
         engine = LLM(**arguments)
@@ -80,7 +82,7 @@ def work(options: argparse.Namespace) -> None:
                 "engine_start_s": start_s,
             }
             print(ROW + json.dumps(row), flush=True)
-        for batch in options.profile:
+        for batch in options.profile if options.worker.startswith(OURS) else ():
             for kernel in _profile(engine, folder, options, batch, config["vocab_size"]):
                 print(KERNEL + json.dumps(kernel), flush=True)
 
