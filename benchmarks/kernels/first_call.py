@@ -3,25 +3,24 @@
 
     python -m benchmarks.kernels.first_call [--cases NAME,...] [--processes P] [--json FILE]
 
-Every measurement is a process of its own. Its clock starts after the device is ready and the weight is laid out,
-and stops when the result of the first call is there: importing Triton, compiling, loading and computing all count.
-The record has a row for each case: seconds of both first calls, and what the compiler took for each kernel.
+Every measurement is a process of its own, forked before the device is touched. Its clock starts when the device is
+ready and the weight laid out, and stops when the result of the first call is there: compiling, loading and
+computing count, importing does not. The record has a row for each case: seconds of both first calls, and what the
+compiler took for each kernel.
 """
 
 import argparse
-import json
+import multiprocessing
 import os
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 
 from benchmarks import record
 from quattuor.kernels import lut_linear, token_quantize, w4a8_linear, w4a16_linear
@@ -97,7 +96,7 @@ CASES: dict[str, Callable[[], Call]] = {
     "w4a8_gluon_1024_tokens": partial(integer_layer, 1024, 4, None, "gluon"),
     "w4a8_gluon_group128_16_tokens": partial(integer_layer, 16, 4, 128, "gluon"),
     "w4a8_gluon_group128_1024_tokens": partial(integer_layer, 1024, 4, 128, "gluon"),
-    "w4a8_gluon_3_bits_16_tokens": partial(integer_layer, 16, 3, None, "gluon"),
+    "w4a8_triton_3_bits_1_token": partial(integer_layer, 1, 3, None, "triton"),
     "w8a8_triton_1_token": partial(integer_layer, 1, 8, None, "triton"),
     "w8a8_triton_1024_tokens": partial(integer_layer, 1024, 8, None, "triton"),
     "w4a16_triton_group128_1_token": partial(float_layer, 1, 128),
@@ -106,60 +105,58 @@ CASES: dict[str, Callable[[], Call]] = {
 }
 
 
-def run(case: str) -> None:
-    """Print the measurement of one case in this process as a line of JSON."""
+def run(job: tuple[str, str]) -> tuple[float, dict[str, float]]:
+    """Return the seconds of a case's first call in this process, and those of the compiler for each kernel."""
+    case, folder = job
+    os.environ["TRITON_CACHE_DIR"] = folder
     torch.zeros(1, device="cuda")
     call = CASES[case]()
     torch.cuda.synchronize()
     kernels: dict[str, float] = {}
-    start = time.perf_counter()
-    import triton
 
     def listen(*, src: Any, times: Any, cache_hit: bool, **_: object) -> None:
         if not cache_hit:
             kernels[src.name] = kernels.get(src.name, 0.0) + times.total * 1e-6
 
     triton.knobs.compilation.listener = listen
+    start = time.perf_counter()
     call()
     torch.cuda.synchronize()
-    print(json.dumps({"seconds": time.perf_counter() - start, "kernels": kernels}))
+    return time.perf_counter() - start, kernels
 
 
-def measure_case(case: str) -> Row:
-    """Run a case in two processes that share a cache, which is empty for the first."""
+def measure(cases: list[str], processes: int) -> list[Row]:
+    """Run each case in two processes that share a cache on disk, which is empty for the first."""
+    context = multiprocessing.get_context("fork")
     with tempfile.TemporaryDirectory() as folder:
-        environment = os.environ | {"TRITON_CACHE_DIR": folder}
-        command = [sys.executable, "-m", "benchmarks.kernels.first_call", "--run", case]
-        results = []
+        jobs = [(case, os.path.join(folder, case)) for case in cases]
+        found = []
         for _ in range(2):
-            done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True)
-            results.append(json.loads(done.stdout.splitlines()[-1]))
-    first, again = results
-    compiled = ", ".join(f"{name} {seconds:.2f}" for name, seconds in first["kernels"].items())
-    row: Row = {
-        "case": case,
-        "first_call_seconds": round(first["seconds"], 3),
-        "first_call_with_cache_seconds": round(again["seconds"], 3),
-        "compile_seconds": round(sum(first["kernels"].values()), 3),
-        "compile_seconds_by_kernel": compiled,
-    }
-    print(row, flush=True)
-    return row
+            with context.Pool(processes, maxtasksperchild=1) as pool:
+                found.append(pool.map(run, jobs, chunksize=1))
+    rows: list[Row] = []
+    for case, (first_s, kernels), (again_s, _) in zip(cases, *found, strict=True):
+        rows.append(
+            {
+                "case": case,
+                "first_call_seconds": round(first_s, 3),
+                "first_call_with_cache_seconds": round(again_s, 3),
+                "compile_seconds": round(sum(kernels.values()), 3),
+                "compile_seconds_by_kernel": ", ".join(f"{name} {took:.2f}" for name, took in kernels.items()),
+            }
+        )
+        print(rows[-1], flush=True)
+    return rows
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Measure the cases and write the record; one case in this process with --run."""
+    """Measure the cases and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--processes", type=int, default=3, help="measure so many cases at the same time")
     parser.add_argument("--json", type=Path, help="write the record here instead of benchmarks/results")
-    parser.add_argument("--run", choices=list(CASES), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
-    if options.run:
-        run(options.run)
-        return
-    with ThreadPoolExecutor(options.processes) as pool:
-        rows = list(pool.map(measure_case, options.cases.split(",")))
+    rows = measure(options.cases.split(","), options.processes)
     if options.json is None:
         record.write(RECORD, rows)
         return
