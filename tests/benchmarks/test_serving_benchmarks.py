@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import AutoConfig
 
-from benchmarks.end_to_end import serve_equality, serve_vllm, serve_worker
+from benchmarks.end_to_end import serve_equality, serve_plots, serve_vllm, serve_worker
 from benchmarks.end_to_end.serving_formats import FORMATS, SHAPES, model_config
 from quattuor.checkpoints.layouts import read_layouts
 
@@ -108,3 +108,33 @@ def test_settings_differ_between_formats_in_nothing(tmp_path: Path) -> None:
     settings = [serve_worker.settings(tmp_path, options) for options in arguments]
     assert all(one == settings[0] for one in settings)
     assert settings[0]["compilation_config"]["cudagraph_capture_sizes"] == [1, 16, 1024]
+
+
+def timed(name: str, batch: int, seconds: float) -> dict[str, object]:
+    place = {"shape": "llama-2-13b", "devices": 1, "format": name, "batch": batch}
+    return {**place, "end_to_end_s": seconds, "prefill_s": seconds / 4}
+
+
+def test_ratios_need_our_format_and_another() -> None:
+    rows = [timed("quattuor_w4a8", 1, 0.5), timed("fp16", 1, 1.0), timed("fp8", 1, 0.75)]
+    rows += [timed("quattuor_w4a8", 16, 1.0), timed("fp16", 64, 5.0)]
+    case = {"shape": "llama-2-13b", "batch": 1, "devices": 1, "ours_s": 0.5}
+    assert serve_plots.ratios(rows) == [{**case, "fp16_over_ours": 2.0, "fp8_over_ours": 1.5}]
+
+
+def test_every_kernel_of_a_step_belongs_to_one_part(tmp_path: Path) -> None:
+    names = [
+        "w4a8_kernel",
+        "w4a8_hopper_kernel",
+        "cutlass::device_kernel",
+        "triton_red_fused_add_rms_norm",
+        "copy",
+    ]
+    place = {"shape": "llama-2-13b", "format": "quattuor_w4a8", "batch": 1}
+    rows = [{**place, "kernel": name, "calls": 1.0, "time_us": 2.0} for name in names]
+    parts = serve_plots.time_by_part(rows)
+    assert parts == {"linears": 4.0, "attention": 2.0, "norm, gate, quantization": 2.0, "the rest": 2.0}
+    serve_plots.draw_steps(rows, tmp_path / "steps.svg")
+    serve_plots.draw_seconds([timed("quattuor_w4a8", 1, 0.5), timed("fp16", 1, 1.0)], tmp_path / "seconds.svg")
+    for path in (tmp_path / "steps.svg", tmp_path / "seconds.svg"):
+        assert path.read_text(encoding="utf-8").startswith("<?xml")
