@@ -33,6 +33,8 @@ STYLES = {
     ("qqq_original", "channel"): ("QQQ W4A8, channel", "C2", "-"),
     ("qqq_original", "group128"): ("QQQ W4A8, groups of 128", "C2", "--"),
     ("w4a16_humming", "group128"): ("Humming W4A16, groups of 128", "C3", "--"),
+    ("w4a16_marlin", "group128"): ("Marlin W4A16, groups of 128", "C6", "--"),
+    ("cutlass_int8", "channel"): ("CUTLASS int8", "C7", "-"),
     ("cublas_fp8", "channel"): ("cuBLAS fp8", "C4", "-"),
     ("cublas_int8", "channel"): ("cuBLAS int8", "C5", "-"),
     ("cublas_fp16", "none"): ("cuBLAS fp16", "0.5", "-"),

@@ -18,15 +18,15 @@ __all__ = ["KINDS", "main", "ratios"]
 #: Contenders by kind; the fastest of a kind stands for it.
 KINDS = {
     "fp16": ("cublas_fp16",),
-    "int8": ("cublas_int8",),
+    "int8": ("cublas_int8", "cutlass_int8"),
     "fp8": ("cublas_fp8",),
-    "w4a16": ("w4a16_humming", "w4a16_quattuor"),
+    "w4a16": ("w4a16_humming", "w4a16_marlin", "w4a16_quattuor"),
     "humming": ("humming_w4a8",),
     "qqq": ("qqq_original",),
 }
 #: Kinds whose figures do not depend on the granularity of a 4-bit weight.
 ALWAYS = ("fp16", "int8", "fp8", "w4a16")
-SIXTEEN_BIT = ("cublas_fp16", "w4a16_humming", "w4a16_quattuor")
+SIXTEEN_BIT = (*KINDS["fp16"], *KINDS["w4a16"])
 
 Row = dict[str, Any]
 

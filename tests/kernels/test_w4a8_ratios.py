@@ -24,7 +24,11 @@ ROWS = [
     row("cublas_fp16", "none", 12.0),
     row("cublas_fp8", "channel", 6.0),
     row("cublas_fp8", "channel", 8.0, quantizes=True),
+    row("cublas_int8", "channel", 11.0),
+    row("cutlass_int8", "channel", 5.5),
+    row("cutlass_int8", "channel", 7.5, quantizes=True),
     row("w4a16_humming", "group128", 9.0),
+    row("w4a16_marlin", "group128", 9.5),
     row("w4a16_quattuor", "group128", 7.0),
     row("humming_w4a8", "channel", 3.0),
     row("humming_w4a8", "channel", 5.0, quantizes=True),
@@ -41,8 +45,9 @@ def test_each_kind_is_stood_for_by_its_fastest_of_the_same_granularity():
     assert set(found) == {("channel", False), ("channel", True), ("group128", False)}
     plain, quantized, group = found["channel", False], found["channel", True], found["group128", False]
     assert (plain["fp16_us"], plain["fp8_us"], plain["w4a16_us"], plain["humming_us"]) == (12.0, 6.0, 7.0, 3.0)
-    assert (plain["int8_us"], plain["over_int8"], plain["qqq_us"]) == (None, None, None)
+    assert (plain["int8_us"], plain["over_int8"], quantized["int8_us"]) == (5.5, 1.38, 7.5)
+    assert (plain["qqq_us"], plain["over_qqq"]) == (None, None)
     assert (plain["over_fp16"], plain["fastest_peer"], plain["is_ahead"]) == (3.0, "humming", False)
     assert (quantized["fp16_us"], quantized["fp8_us"], quantized["humming_us"]) == (12.0, 8.0, 5.0)
     assert (quantized["over_fastest_peer"], quantized["is_ahead"]) == (1.11, True)
-    assert (group["humming_us"], group["of_channel_speed"], group["fastest_peer"]) == (6.5, 0.8, "fp8")
+    assert (group["humming_us"], group["of_channel_speed"], group["fastest_peer"]) == (6.5, 0.8, "int8")
