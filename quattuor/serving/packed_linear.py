@@ -21,7 +21,7 @@ from quattuor.quantized_tensor import QuantizedTensor
 
 __all__ = ["FUSE_VARIABLE", "PackedLinear", "linear", "prepare", "quantize_rows"]
 
-#: Set to 0 to keep the quantization of inputs a kernel of its own, for comparing profiles.
+#: For comparing profiles: 0 keeps the quantization of inputs a kernel of its own, "compiler" lets PyTorch fuse.
 FUSE_VARIABLE = "QUATTUOR_FUSE"
 
 

@@ -113,8 +113,9 @@ def test_the_compiler_gets_the_fusions(tmp_path: Path, monkeypatch: pytest.Monke
     config.compilation_config.inductor_compile_config[current_platform.pass_key] = object()
     assert graph_pass.install(config) is False  # the hook is taken
     config = VllmConfig()
-    monkeypatch.setenv("QUATTUOR_FUSE", "0")
-    assert graph_pass.install(config) is False
+    for value in ("0", "compiler"):
+        monkeypatch.setenv("QUATTUOR_FUSE", value)
+        assert graph_pass.install(config) is False
     assert current_platform.pass_key not in config.compilation_config.inductor_compile_config
 
 

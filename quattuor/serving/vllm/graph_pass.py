@@ -33,7 +33,7 @@ def install(config: Any) -> bool:
         Whether they do: false where the release has no hook, the user has taken it, or fusions are switched off.
     """
     module = _pass_module()
-    if module is None or not _has_norms() or os.environ.get(FUSE_VARIABLE) == "0":
+    if module is None or not _has_norms() or os.environ.get(FUSE_VARIABLE) in ("0", "compiler"):
         return False
     from vllm.platforms import current_platform
 
