@@ -39,7 +39,7 @@ __all__ = ["EXECUTIONS", "FORMATS", "MODELS", "RECORD", "Decoder", "main", "meas
 RECORD = "decode"
 PROMPT_LENGTH = 128
 NEW_TOKENS = 128
-EAGER_TOKENS = 32
+EAGER_TOKENS = 16
 """Steps of the slow execution; every step of a static cache costs the same."""
 
 MODELS: dict[str, dict[str, Any]] = {

@@ -39,7 +39,7 @@ def select(
     chosen = schedule.implementation(x.shape[0])
     tensors = operand.layout(chosen.layout)
     check(
-        bool(tensors) and all(tensor.device == x.device for tensor in tensors.values()),
+        len(tensors) > 0 and all(tensor.device == x.device for tensor in tensors.values()),
         "operand",
         sorted(operand.entries),
         f"does not hold the layout {chosen.layout!r} on {x.device}",
