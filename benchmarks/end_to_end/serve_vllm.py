@@ -145,7 +145,7 @@ def _worker_lines(name: str, options: argparse.Namespace) -> Iterator[str]:
 
 def _start(name: str, options: argparse.Namespace, more: Sequence[str]) -> "subprocess.Popen[str]":
     command = [*_COMMAND, "--worker", name, *more]
-    for key in ("shape", "input", "output", "repeats", "devices"):
+    for key in ("shape", "input", "output", "repeats", "devices", "cache"):
         command += [f"--{key}", str(getattr(options, key))]
     for key in ("batches", "profile"):
         if getattr(options, key):

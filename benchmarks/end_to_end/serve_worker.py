@@ -50,13 +50,15 @@ def work(options: argparse.Namespace) -> None:
     from vllm import LLM
 
     started = time.perf_counter()
+    # a path that stays: it is in the key of the compile cache
+    model = options.cache / "models" / f"{options.shape}-{options.worker}"
+    model.mkdir(parents=True, exist_ok=True)
+    config = model_config(options.shape, options.worker)
+    (model / "config.json").write_text(json.dumps(config), encoding="utf-8")
     with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        config = model_config(options.shape, options.worker)
-        (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
-        arguments = settings(folder, options)
+        folder, arguments = Path(name), settings(model, options)
         if options.profile and options.worker.startswith(OURS):
-            profiler = {"profiler": "torch", "torch_profiler_dir": str(folder), "torch_profiler_with_stack": False}
+            profiler = {"profiler": "torch", "torch_profiler_dir": name, "torch_profiler_with_stack": False}
             arguments["profiler_config"] = profiler
         engine = LLM(**arguments)
         start_s = time.perf_counter() - started
