@@ -11,11 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quattuor.kernels.dispatch import LinearProblem
+from quattuor.kernels.w4a8_linear.narrow import width_of
 from quattuor.kernels.w4a8_linear.planes import HopperTile, Tile, mode_of
 
 __all__ = ["FILE", "Choice", "find"]
 
 FILE = Path(__file__).with_name("measured.json")
+#: Compute capability, N, K, mode and bits of a stored code.
+Key = tuple[tuple[int, int], int, int, str, int]
 TILES = {"triton": Tile, "gluon": HopperTile}
 
 
@@ -28,12 +31,12 @@ class Choice:
 
 
 @functools.cache
-def table() -> dict[tuple[tuple[int, int], int, int, str], list[tuple[int, Choice]]]:
-    """Return choices by compute capability, N, K and mode: (largest token count, choice), ascending."""
-    found: dict[tuple[tuple[int, int], int, int, str], list[tuple[int, Choice]]] = {}
+def table() -> dict[Key, list[tuple[int, Choice]]]:
+    """Return choices by compute capability, N, K, mode and bits: (largest token count, choice), ascending."""
+    found: dict[Key, list[tuple[int, Choice]]] = {}
     content = json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else {"choices": []}
     for row in content["choices"]:
-        key = (tuple(content["compute_capability"]), row["n"], row["k"], row["mode"])
+        key = (tuple(content["compute_capability"]), row["n"], row["k"], row["mode"], row.get("bits", 4))
         tile = TILES[row["implementation"]](**row["tile"])
         found.setdefault(key, []).append((row["max_tokens"], Choice(row["implementation"], tile)))
     return {key: sorted(choices, key=lambda item: item[0]) for key, choices in found.items()}
@@ -44,8 +47,8 @@ def find(problem: LinearProblem, num_tokens: int | None) -> Choice | None:
     """Return the measured choice for a layer and a token count (None for the largest), or None without one."""
     if problem.compute_capability is None or problem.activation_zero_point:
         return None
-    key = (problem.compute_capability, problem.out_features, problem.in_features, mode_of(problem))
-    choices = table().get(key, [])
+    shape = (problem.out_features, problem.in_features)
+    choices = table().get((problem.compute_capability, *shape, mode_of(problem), width_of(problem)), [])
     for max_tokens, choice in choices:
         if num_tokens is not None and num_tokens <= max_tokens:
             return choice

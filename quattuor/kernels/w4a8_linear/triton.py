@@ -10,7 +10,8 @@ from torch import Tensor
 
 from quattuor.kernels.dispatch import Implementation, LinearProblem
 from quattuor.kernels.w4a8_linear import measured
-from quattuor.kernels.w4a8_linear.planes import BLOCK_K, STORED_BITS, Tile, mode_of, prepare_planes
+from quattuor.kernels.w4a8_linear.narrow import BLOCKS, prepare_narrow, width_of
+from quattuor.kernels.w4a8_linear.planes import PLANE_K, STORED_BITS, Tile, mode_of, prepare_planes
 
 __all__ = ["Triton", "choose_tile"]
 
@@ -22,30 +23,78 @@ def processors(device: torch.device) -> tuple[int, bool]:
     return found.multi_processor_count, found.major == 9
 
 
+#: Stages with which two programs of 64 rows share a multiprocessor, and not three, by tokens.
+PAIR_STAGES = {8: 9, 16: 7, 32: 6}
+
+
+def streaming(tokens: int, programs: float) -> tuple[int, str]:
+    """Return stages and overlap for at most 32 tokens on Hopper, given the programs for each multiprocessor.
+
+    With nearly two programs for each, those of the next kernel may come early where shared memory holds two: they
+    then spread as evenly. Fewer would leave it uneven room, so that it comes late. Many hide each other's latency.
+    """
+    if programs > 2:
+        return 3, "none"
+    return (PAIR_STAGES[tokens], "early") if programs > 1.8 else (5, "late")
+
+
+def narrow_sizes(num_tokens: int, width: int, is_scaled: bool, has_warpgroups: bool) -> tuple[int, int, int, int]:
+    """Return rows, tokens, warps and stages for 2 and 3 bits, whose blocks hold more elements of the tokens."""
+    if num_tokens <= 16:
+        tokens = 8 if num_tokens <= 8 else 16
+        return 64, tokens, 4, 3 if width == 2 or is_scaled else 2
+    if num_tokens <= 32 or width == 3 or is_scaled or not has_warpgroups:
+        has_registers = has_warpgroups or width == 2 or not is_scaled
+        return 64, 32 if has_registers else 16, 4, 2
+    return 128, 64 if num_tokens <= 64 else 128, 8, 2
+
+
 def choose_tile(
-    num_tokens: int, out_features: int, num_blocks: int, num_processors: int, has_warpgroups: bool
+    num_tokens: int,
+    out_features: int,
+    num_blocks: int,
+    num_processors: int,
+    has_warpgroups: bool,
+    width: int = 4,
+    scaled: str | None = None,
 ) -> Tile:
     """Return the tile for a token count: small, with K split, while tiles are few; wide otherwise.
 
     The numbers are what most of the measured layers chose. Without warpgroup instructions the weight operand takes
     more registers and there is less shared memory, so the widest tile has 64 tokens and three stages, which 99 KB
-    of shared memory hold in every mode.
+    of shared memory hold in every mode. The scales of single elements take as much of it as the tokens.
+
+    Args:
+        num_tokens: M.
+        out_features: N.
+        num_blocks: Blocks of K, as long as `narrow.BLOCKS` says for the width.
+        num_processors: Multiprocessors of the device.
+        has_warpgroups: Whether it has warpgroup instructions.
+        width: Bits of a stored code: 2, 3, 4 or 8.
+        scaled: What group scales multiply: "planes" (groups of whole planes), "elements", or None without groups.
     """
-    overlap = "none"
+    overlap, per_processor = "none", 2
     has_many_rows = out_features > 64 * 3 * num_processors
-    if num_tokens <= 16:
-        rows, tokens, num_warps, num_stages, per_processor = 64, 16, 4, 4, 2
+    if width < 4:
+        rows, tokens, num_warps, num_stages = narrow_sizes(num_tokens, width, scaled is not None, has_warpgroups)
+    elif num_tokens <= 16:
+        rows, tokens, num_warps, num_stages = 64, 8 if num_tokens <= 8 else 16, 4, 4
     elif num_tokens <= 32:
-        rows, tokens, num_warps, num_stages, per_processor = 64, 32, 4, 3, 2
+        rows, tokens, num_warps, num_stages = 64, 32, 4, 3
+    elif scaled == "elements":
+        rows, tokens, num_warps, num_stages = 64, 64, 4, 2
     elif num_tokens <= 64 and has_warpgroups and not has_many_rows:
-        rows, tokens, num_warps, num_stages, per_processor, overlap = 64, 64, 4, 4, 2, "early"
+        rows, tokens, num_warps, num_stages, overlap = 64, 64, 4, 4, "early"
     elif num_tokens <= 64 or not has_warpgroups:
-        rows, tokens, num_warps, num_stages, per_processor = 128, 64, 8, 3, 2
+        rows, tokens, num_warps, num_stages = 128, 64, 8, 3
     else:
         rows, tokens, num_warps, num_stages, per_processor = 128, 128, 8, 3, 1
     tiles = -(-out_features // rows) * -(-num_tokens // tokens)
-    # a part shorter than 4 blocks costs more in partial sums than it gains in occupancy
-    split = max(1, min(num_processors * per_processor // tiles, num_blocks // 4))
+    # a part shorter than 1024 elements costs more in partial sums than it gains in occupancy
+    shortest = max(1, 1024 // BLOCKS[width].elements)
+    split = max(1, min(num_processors * per_processor // tiles, num_blocks // shortest))
+    if has_warpgroups and num_tokens <= 32 and width == 4 and scaled != "elements":
+        num_stages, overlap = streaming(tokens, tiles * split / num_processors)
     return Tile(rows=rows, tokens=tokens, split=split, num_warps=num_warps, num_stages=num_stages, overlap=overlap)
 
 
@@ -55,7 +104,12 @@ def tile_for(problem: LinearProblem, num_tokens: int, device: torch.device) -> T
     choice = measured.find(problem, num_tokens)
     if choice is not None and choice.implementation == Triton.name:
         return choice.tile
-    return choose_tile(num_tokens, problem.out_features, -(-problem.in_features // BLOCK_K), *processors(device))
+    width = width_of(problem)
+    num_blocks = -(-problem.in_features // BLOCKS[width].elements)
+    scaled = None
+    if mode_of(problem) in ("integer", "half"):
+        scaled = "elements" if problem.group_size % PLANE_K else "planes"
+    return choose_tile(num_tokens, problem.out_features, num_blocks, *processors(device), width, scaled)
 
 
 class Triton(Implementation):
@@ -63,7 +117,7 @@ class Triton(Implementation):
 
     name = "triton"
     layout = "planes"
-    stored_bits = STORED_BITS
+    stored_bits = STORED_BITS | {2: 2, 3: 3}
 
     def supports(self, problem: LinearProblem) -> str | None:
         if problem.device_type != "cuda":
@@ -75,7 +129,7 @@ class Triton(Implementation):
         return None
 
     def prepare(self, problem: LinearProblem, *tensors: Tensor | None) -> dict[str, Tensor]:
-        return prepare_planes(problem, *tensors)
+        return prepare_narrow(problem, *tensors) if width_of(problem) < 4 else prepare_planes(problem, *tensors)
 
     def linear(
         self,
@@ -106,6 +160,8 @@ class Triton(Implementation):
                 out,
                 mode=mode_of(problem),
                 group_size=problem.group_size,
+                width=width_of(problem),
+                group_words=operand.get("group_words"),
                 tile=tile_for(problem, num_tokens, x_codes.device),
                 x_zero_point=x_zero_point if x_zero_point is None else x_zero_point.contiguous(),
                 weight_sum=operand.get("weight_sum"),

@@ -5,9 +5,21 @@ The low plane is in the low nibbles, the high plane in the high nibbles. Byte ar
 compile to one extraction and one insertion per byte; these work on four bytes at once.
 """
 
+import triton
 import triton.language as tl
 
-__all__ = ["HIGH_CHANNEL", "HIGH_HALF", "HIGH_INTEGER", "LOW_CHANNEL", "LOW_HALF", "LOW_INTEGER"]
+__all__ = [
+    "HIGH_CHANNEL",
+    "HIGH_HALF",
+    "HIGH_INTEGER",
+    "LOW_CHANNEL",
+    "LOW_HALF",
+    "LOW_INTEGER",
+    "PREFETCH_LINE",
+    "bulk_prefetch_assembly",
+    "joined_assembly",
+    "plane_assembly",
+]
 
 # 16 * code: the nibble stays in the high half of its byte.
 LOW_CHANNEL = tl.constexpr("{ .reg .b32 t; shl.b32 t, $1, 4; and.b32 $0, t, 0xF0F0F0F0; }")
@@ -55,3 +67,55 @@ HALF_BODY = """
 }"""
 LOW_HALF = tl.constexpr("{ .reg .b32 t, a, b, c, one; mov.b32 t, $1;" + HALF_BODY)
 HIGH_HALF = tl.constexpr("{ .reg .b32 t, a, b, c, one; shr.u32 t, $1, 4;" + HALF_BODY)
+
+
+@triton.constexpr_function
+def plane_assembly(bits, shift):
+    """Return the assembly that shifts one code of each byte to its top, which makes it 2^(8-b) * code."""
+    mask = (0x100 - (1 << (8 - bits))) * 0x01010101
+    if shift == 0:
+        return f"and.b32 $0, $1, {mask};"
+    return f"{{ .reg .b32 t; shl.b32 t, $1, {shift}; and.b32 $0, t, {mask}; }}"
+
+
+@triton.constexpr_function
+def joined_assembly(shift):
+    """Return the assembly for 32 * code whose upper two bits are the lowest of $1 and whose last is a bit of $2.
+
+    The last bit reaches bit 5 of its byte after a shift to the left.
+    """
+    return f"""{{
+    .reg .b32 t, u;
+    shl.b32 t, $1, 6;
+    and.b32 t, t, 0xC0C0C0C0;
+    shl.b32 u, $2, {shift};
+    lop3.b32 $0, t, u, 0x20202020, 0xF8;
+}}"""
+
+
+# by one thread: a line that many threads of a warp ask for is fetched as often
+PREFETCH_LINE = tl.constexpr("""{
+    .reg .pred p;
+    .reg .u32 t;
+    .reg .b64 a;
+    mov.u32 t, %tid.x;
+    setp.eq.u32 p, t, 0;
+    cvta.to.global.u64 a, $1;
+    @p prefetch.global.L2 [a];
+    mov.b32 $0, 0;
+}""")
+
+
+@triton.constexpr_function
+def bulk_prefetch_assembly(num_bytes):
+    """Return the assembly by which the first thread brings the bytes at $1 to L2."""
+    return f"""{{
+    .reg .pred p;
+    .reg .u32 t;
+    .reg .b64 a;
+    mov.u32 t, %tid.x;
+    setp.eq.u32 p, t, 0;
+    cvta.to.global.u64 a, $1;
+    @p cp.async.bulk.prefetch.L2.global [a], {num_bytes};
+    mov.b32 $0, 0;
+}}"""
