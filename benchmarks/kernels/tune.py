@@ -31,7 +31,7 @@ from quattuor.kernels import w4a8_linear
 from quattuor.kernels.dispatch import TOKEN_RANGES, LinearProblem, describe_device
 from quattuor.kernels.token_quantize import token_quantize
 from quattuor.kernels.w4a8_linear import gluon_kernel, measured, triton_kernel
-from quattuor.kernels.w4a8_linear.gluon_schedule import Schedule, make_schedule
+from quattuor.kernels.w4a8_linear.hopper import Schedule, estimate, make_schedule
 from quattuor.kernels.w4a8_linear.planes import BLOCK_K, HopperTile, Tile, mode_of, prepare_planes
 
 __all__ = ["candidates", "choose", "main"]
@@ -72,29 +72,27 @@ def every_cut(shape: tuple[int, int], num_tokens: int, tile: HopperTile) -> Iter
 def triton_candidates(shape: tuple[int, int], max_tokens: int, channel: bool) -> Iterator[Tile]:
     """Yield the Triton tiles worth timing."""
 
-    def tiles(rows, tokens, num_warps, stages, per_processors, overlaps):
-        for num_stages, per_processor, overlap in itertools.product(stages, per_processors, overlaps):
-            yield Tile(
-                rows=rows,
-                tokens=tokens,
-                split=split_of(shape, max_tokens, rows, tokens, per_processor),
-                num_warps=num_warps,
-                num_stages=num_stages,
-                overlap=overlap,
-            )
+    def tile(rows, tokens, num_warps, num_stages, overlap, per_processor=2):
+        split = split_of(shape, max_tokens, rows, tokens, per_processor)
+        return Tile(
+            rows=rows, tokens=tokens, split=split, num_warps=num_warps, num_stages=num_stages, overlap=overlap
+        )
 
-    every, two = ("none", "early", "late"), ("none", "late")
-    if max_tokens <= 16:
-        yield from tiles(64, 16, 4, (3, 4, 6) if channel else (4,), (2, 3), every if channel else two)
-    elif max_tokens == 32:
-        yield from tiles(64, 32, 4, (3, 4, 5) if channel else (4,), (2, 3), two)
+    if max_tokens <= 32:
+        # many stages leave room for two programs on a multiprocessor, which an early start needs
+        pair = {8: 9, 16: 7, 32: 6}[max_tokens]
+        for num_stages, overlap in ((3, "none"), (4, "none"), (5, "none"), (5, "late"), (pair, "early")):
+            yield tile(64, max_tokens, 4, num_stages, overlap)
     elif max_tokens == 64:
-        yield from tiles(64, 64, 4, (4, 5) if channel else (4,), (2,), every)
-        yield from tiles(128, 64, 8, (3,), (1, 2), every if channel else ("late",))
+        for num_stages, overlap in ((4, "early"), (5, "early"), (4, "late")):
+            yield tile(64, 64, 4, num_stages, overlap)
+        for overlap in ("none", "late"):
+            yield tile(128, 64, 8, 3, overlap)
     elif max_tokens == 128 and channel:
-        yield from tiles(64, 64, 4, (4,), (3,), two)
-        yield from tiles(64, 128, 4, (3,), (2,), two)
-        yield from tiles(128, 64, 8, (3,), (2,), two)
+        for overlap in ("none", "late"):
+            yield tile(64, 64, 4, 4, overlap, per_processor=3)
+            yield tile(64, 128, 4, 3, overlap)
+            yield tile(128, 64, 8, 3, overlap)
 
 
 def hopper_candidates(max_tokens: int) -> Iterator[HopperTile]:
@@ -119,13 +117,26 @@ def hopper_candidates(max_tokens: int) -> Iterator[HopperTile]:
         yield HopperTile(blocks=1, tokens=256, spans=2, stages=2)
 
 
-def candidates(shape: tuple[int, int], max_tokens: int, mode: str) -> list[Tile | HopperTile]:
-    """Return the tiles worth timing."""
-    found: list[Tile | HopperTile] = []
+def candidates(
+    shape: tuple[int, int], max_tokens: int, mode: str, top: int | None = None
+) -> list[Tile | HopperTile]:
+    """Return the tiles worth timing; with `top`, so many Hopper tiles by estimate, and the present choice."""
+    hopper: list[HopperTile] = []
     for tile in hopper_candidates(max_tokens):
-        found += every_cut(shape, TIMED[max_tokens], tile)
-    found += triton_candidates(shape, max_tokens, mode == "channel")
-    return list(dict.fromkeys(found))
+        hopper += every_cut(shape, TIMED[max_tokens], tile)
+    if top is None:
+        return list(dict.fromkeys([*hopper, *triton_candidates(shape, max_tokens, mode == "channel")]))
+    problem = LinearProblem(
+        out_features=shape[0],
+        in_features=shape[1],
+        group_size=GROUPS[mode],
+        integer_group_scale=mode == "integer",
+        device_type="cuda",
+        compute_capability=(9, 0),
+    )
+    present = measured.find(problem, max_tokens)
+    hopper.sort(key=lambda tile: estimate(tile, TIMED[max_tokens], problem, PROCESSORS))
+    return list(dict.fromkeys([*hopper[:top], *([present.tile] if present else [])]))
 
 
 def name_of(tile: Tile | HopperTile) -> str:
@@ -150,7 +161,8 @@ def launch(problem: LinearProblem, tile: Tile | HopperTile, batch: Batch, tensor
     arguments = (batch.x_codes, batch.x_scale, tensors["packed"], tensors["scale"], tensors.get("group_scale"))
     shared = {"mode": mode_of(problem), "group_size": problem.group_size, "tile": tile}
     if isinstance(tile, Tile):
-        triton_kernel.launch(*arguments, tensors["arrivals"], None, out, **shared)
+        words = tensors.get("group_words")
+        triton_kernel.launch(*arguments, tensors["arrivals"], None, out, **shared, group_words=words)
     else:
         schedule = schedule_of((problem.out_features, problem.in_features), batch.x.shape[0], tile)
         num_blocks = -(-problem.in_features // BLOCK_K)
@@ -168,7 +180,7 @@ def make_batch(num_tokens: int, in_features: int) -> Batch:
 
 
 def time_shape(
-    shape: tuple[int, int], mode: str, deadline: float, counts: list[int]
+    shape: tuple[int, int], mode: str, deadline: float, counts: list[int], top: int | None = None
 ) -> list[tuple[int, str, float, Tile | HopperTile]]:
     """Return (largest token count, implementation, latency in us, tile) of every candidate."""
     problem = problem_of(shape, mode)
@@ -190,7 +202,7 @@ def time_shape(
         batch = make_batch(num_tokens, shape[1])
         rows = torch.arange(0, num_tokens, max(1, num_tokens // 8), device="cuda")
         expected = exact.linear(batch.x_codes[rows], batch.x_scale[rows], operand)
-        tiles = candidates(shape, max_tokens, mode)
+        tiles = candidates(shape, max_tokens, mode, top)
         for tile in tiles:
             if not torch.equal(launch(problem, tile, batch, layers[0])[rows], expected):
                 raise RuntimeError(f"{shape} {mode} {num_tokens} tokens: {tile} differs from the reference")
@@ -231,29 +243,28 @@ def choose(
     return chosen
 
 
-def compile_one(job: tuple[tuple[int, int], int, str, int]) -> None:
+def compile_one(job: tuple[tuple[int, int], int, str, Tile | HopperTile]) -> None:
     """Run one candidate, so that its kernel lies in the cache on disk."""
-    shape, max_tokens, mode, index = job
+    shape, max_tokens, mode, tile = job
     problem = problem_of(shape, mode)
     weight = torch.randn(shape, dtype=torch.float16, device="cuda")
     tensors = prepare_planes(problem, *quantized_rows(weight, problem.group_size))
-    tile = candidates(shape, max_tokens, mode)[index]
     launch(problem, tile, make_batch(TIMED[max_tokens], shape[1]), tensors)
     torch.cuda.synchronize()
 
 
 def compile_jobs(
-    shapes: list[tuple[int, int]], modes: list[str], counts: list[int]
-) -> list[tuple[tuple[int, int], int, str, int]]:
+    shapes: list[tuple[int, int]], modes: list[str], counts: list[int], top: int | None = None
+) -> list[tuple[tuple[int, int], int, str, Tile | HopperTile]]:
     """Return one job for each kernel that will be compiled."""
     jobs: dict[tuple, tuple] = {}
     for shape, mode, max_tokens in itertools.product(shapes, modes, counts):
-        for index, tile in enumerate(candidates(shape, max_tokens, mode)):
+        for tile in candidates(shape, max_tokens, mode, top):
             fields = asdict(tile)
             is_split = fields.pop("split", 1) > 1
             fields.pop("cut", None)
             key = (mode, name_of(tile), is_split, *fields.values())
-            jobs.setdefault(key, (shape, max_tokens, mode, index))
+            jobs.setdefault(key, (shape, max_tokens, mode, tile))
     return list(jobs.values())
 
 
@@ -267,6 +278,7 @@ def main(arguments: list[str] | None = None) -> None:
     )
     parser.add_argument("--shapes", default=",".join(f"{n}x{k}" for n, k in LINEAR_SHAPES.values()))
     parser.add_argument("--tokens", default=",".join(map(str, TIMED)), help="largest token counts to tune for")
+    parser.add_argument("--top", type=int, help="time so many Hopper tiles, by the estimate of `hopper.py`")
     parser.add_argument("--modes", default=",".join(GROUPS), help="of " + ", ".join(GROUPS))
     parser.add_argument("--json", type=Path, default=measured.FILE, help="where the choices go")
     options = parser.parse_args(arguments)
@@ -274,7 +286,7 @@ def main(arguments: list[str] | None = None) -> None:
     counts = list(map(int, options.tokens.split(",")))
     modes = options.modes.split(",")
     if options.processes:
-        jobs = compile_jobs(sorted(shapes), modes, counts)
+        jobs = compile_jobs(sorted(shapes), modes, counts, options.top)
         with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
             pool.map(compile_one, jobs, chunksize=1)
         print(f"compiled {len(jobs)} kernels", file=sys.stderr)
@@ -283,7 +295,7 @@ def main(arguments: list[str] | None = None) -> None:
     deadline = time.monotonic() + options.seconds
     rows = json.loads(options.json.read_text())["choices"] if options.json.is_file() else []
     for shape, mode in itertools.product(shapes, modes):
-        for max_tokens, (name, us, tile) in choose(time_shape(shape, mode, deadline, counts)).items():
+        for max_tokens, (name, us, tile) in choose(time_shape(shape, mode, deadline, counts, options.top)).items():
             place = {"n": shape[0], "k": shape[1], "mode": mode, "max_tokens": max_tokens}
             rows = [row for row in rows if any(row[key] != value for key, value in place.items())]
             rows.append(place | {"implementation": name, "latency_us": round(us, 2), "tile": asdict(tile)})

@@ -7,6 +7,8 @@ import pytest
 
 from benchmarks.kernels.tune import GROUPS, TIMED, candidates, choose, compile_jobs
 from benchmarks.shapes import LINEAR_SHAPES
+from quattuor.kernels.dispatch import LinearProblem
+from quattuor.kernels.w4a8_linear import measured
 from quattuor.kernels.w4a8_linear.planes import HopperTile, Tile
 
 
@@ -19,6 +21,17 @@ def test_candidates_are_distinct_and_fit_the_layer(mode):
         for tile in tiles:
             if isinstance(tile, Tile):
                 assert 1 <= tile.split <= max(1, shape[1] // 256 // 4)
+
+
+def test_a_shortlist_holds_the_present_choice():
+    for shape, max_tokens, mode in itertools.product(LINEAR_SHAPES.values(), (64, 256, 8192), GROUPS):
+        tiles = candidates(shape, max_tokens, mode, top=3)
+        assert 3 <= len(tiles) == len(set(tiles)) <= 4
+        sizes = {"out_features": shape[0], "in_features": shape[1], "group_size": GROUPS[mode]}
+        problem = LinearProblem(
+            **sizes, integer_group_scale=mode == "integer", device_type="cuda", compute_capability=(9, 0)
+        )
+        assert measured.find(problem, max_tokens).tile in tiles
 
 
 def test_every_kernel_is_compiled_once():

@@ -10,29 +10,12 @@ from torch import Tensor
 
 from quattuor.kernels.dispatch import Implementation, LinearProblem, TokenRange
 from quattuor.kernels.w4a8_linear import measured
+from quattuor.kernels.w4a8_linear.hopper import choose_hopper_tile, make_schedule
 from quattuor.kernels.w4a8_linear.narrow import width_of
 from quattuor.kernels.w4a8_linear.planes import BLOCK_K, PLANE_K, STORED_BITS, HopperTile, mode_of, prepare_planes
 from quattuor.kernels.w4a8_linear.triton import processors
 
-__all__ = ["Gluon", "choose_hopper_tile"]
-
-#: Stages that fit in 227 KB of shared memory for tiles of 128 rows, by tokens.
-STAGES = {8: 10, 16: 9, 32: 8, 64: 6, 128: 4}
-
-
-#: Waves of whole tiles from which 256 rows pay: with fewer, the tiles cut along K at the end weigh more.
-WIDE_WAVES = 4
-
-
-def choose_hopper_tile(num_tokens: int, out_features: int, mode: str, programs: int) -> HopperTile:
-    """Return the tile for a token count: the least power of two that holds it, up to 128 tokens by 256 rows."""
-    tokens = min(128, max(8, 1 << (num_tokens - 1).bit_length()))
-    if num_tokens <= 128 and -(-out_features // 128) < programs // 2:
-        tokens = min(tokens, 64)  # whole tiles are too few to keep every program busy
-    wide_tiles = -(-out_features // 256) * -(-num_tokens // 128)
-    if wide_tiles < WIDE_WAVES * programs:
-        return HopperTile(blocks=1, tokens=tokens, stages=STAGES[tokens])
-    return HopperTile(blocks=2, tokens=128, stages=2 if mode == "half" else 3)
+__all__ = ["Gluon"]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -41,7 +24,7 @@ def tile_for(problem: LinearProblem, num_tokens: int, device: torch.device) -> H
     choice = measured.find(problem, num_tokens)
     if choice is not None and choice.implementation == Gluon.name:
         return choice.tile
-    return choose_hopper_tile(num_tokens, problem.out_features, mode_of(problem), processors(device)[0])
+    return choose_hopper_tile(num_tokens, problem, processors(device)[0])
 
 
 class Gluon(Implementation):
@@ -92,7 +75,6 @@ class Gluon(Implementation):
         out_dtype: torch.dtype,
     ) -> Tensor:
         from quattuor.kernels.w4a8_linear.gluon_kernel import launch
-        from quattuor.kernels.w4a8_linear.gluon_schedule import make_schedule
 
         x_codes, x_scale, _ = inputs
         num_tokens = x_codes.shape[0]

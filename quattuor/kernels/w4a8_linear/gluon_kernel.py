@@ -19,7 +19,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quattuor.kernels.w4a8_linear.gluon_consumer import CHANNEL, HALF, INTEGER, consume
-from quattuor.kernels.w4a8_linear.gluon_schedule import Schedule, num_items, place, share
+from quattuor.kernels.w4a8_linear.gluon_schedule import num_items, place, share
+from quattuor.kernels.w4a8_linear.hopper import Schedule
 from quattuor.kernels.w4a8_linear.planes import HopperTile
 
 __all__ = ["MODES", "launch", "w4a8_hopper_kernel"]

@@ -7,38 +7,10 @@ the first block of this tile, its owner. A program multiplies what it leaves to 
 then what it owns, so that the sums of others have long arrived.
 """
 
-import functools
-from typing import NamedTuple
-
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-__all__ = ["CUTS", "Schedule", "make_schedule", "num_items", "place", "share"]
-
-#: What becomes of the tiles that fill no wave: whole all the same, cut into equal shares for all programs, or each
-#: cut into the same number of pieces.
-CUTS = ("none", "even", "aligned")
-
-
-class Schedule(NamedTuple):
-    """The programs of a launch, the tiles they compute whole, and how many programs share the others."""
-
-    programs: int
-    whole: int
-    sharers: int
-
-
-@functools.lru_cache(maxsize=4096)
-def make_schedule(num_tiles: int, num_blocks: int, programs: int, cut: str) -> Schedule:
-    """Return the schedule of a layer for at most so many programs.
-
-    No sharer is without a block: an owner would wait for it for ever.
-    """
-    rest = num_tiles % programs
-    if cut == "none" or rest == 0 or (cut == "aligned" and 2 * rest > programs):
-        return Schedule(min(programs, num_tiles), num_tiles, 1)
-    sharers = min(programs, rest * num_blocks) if cut == "even" else rest * min(programs // rest, num_blocks)
-    return Schedule(programs if num_tiles > programs else sharers, num_tiles - rest, sharers)
+__all__ = ["num_items", "place", "share"]
 
 
 @gluon.jit

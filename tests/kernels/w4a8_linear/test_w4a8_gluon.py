@@ -13,10 +13,10 @@ from ahead_of_time import compile_kernel
 
 from quattuor.errors import UnsupportedError
 from quattuor.kernels import w4a8_linear
-from quattuor.kernels.w4a8_linear.gluon import choose_hopper_tile
+from quattuor.kernels.dispatch import LinearProblem
 from quattuor.kernels.w4a8_linear.gluon_kernel import MODES, w4a8_hopper_kernel
-from quattuor.kernels.w4a8_linear.gluon_schedule import CUTS, make_schedule
-from quattuor.kernels.w4a8_linear.planes import HopperTile
+from quattuor.kernels.w4a8_linear.hopper import CUTS, choose_hopper_tile, make_schedule
+from quattuor.kernels.w4a8_linear.planes import HopperTile, mode_of
 
 LAYOUT = "NVMMASharedLayout(swizzle_byte_width={}, element_bitwidth={}, rank=2)"
 GROUP_SCALE = {"integer": ("i8", 8), "half": ("fp16", 16)}
@@ -137,15 +137,19 @@ def test_machine_code(mode, name):
         assert loop.count("LDSM.16.M88.4") == 4 * tile.blocks * bodies
 
 
-@pytest.mark.parametrize("mode", list(MODES))
-def test_tiles_hold_the_tokens(mode):
-    for num_tokens in (1, 8, 9, 16, 17, 33, 64, 65, 128):
-        tile = choose_hopper_tile(num_tokens, 28672, mode, 132)
-        assert num_tokens <= tile.tokens < max(16, 2 * num_tokens)
-        assert tile.rows == 128
-    assert choose_hopper_tile(1024, 4096, mode, 132).rows == 128
-    assert choose_hopper_tile(128, 4096, mode, 132).tokens == 64  # more tiles, since there are few rows
-    assert choose_hopper_tile(4096, 28672, mode, 132).rows == 256
+@pytest.mark.parametrize("mode", [{}, {"group_size": 128, "integer_group_scale": True}, {"group_size": 128}])
+def test_tiles_of_unmeasured_layers(mode):
+    large = LinearProblem(out_features=28672, in_features=8192, **mode)
+    small = LinearProblem(out_features=4096, in_features=4096, **mode)
+    for problem, num_tokens in itertools.product((large, small), (1, 8, 9, 16, 17, 33, 64, 65, 128, 700, 4096)):
+        tile = choose_hopper_tile(num_tokens, problem, 132)
+        assert tile.tokens < max(16, 2 * num_tokens)
+        assert tile.tokens >= num_tokens or tile.tokens >= 64
+        assert tile.shared_bytes(mode_of(problem)) <= tile.shared_limit
+    few = choose_hopper_tile(128, small, 132)
+    assert (few.tokens, few.cut) == (64, "aligned"), "64 tiles, so that two programs share each"
+    assert choose_hopper_tile(256, small, 132).cut == "none", "128 tiles of 64 tokens"
+    assert choose_hopper_tile(4096, large, 132).rows * choose_hopper_tile(4096, large, 132).tokens == 256 * 128
 
 
 def test_refusals_have_reasons(layer):
