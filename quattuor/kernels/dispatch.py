@@ -242,6 +242,10 @@ class Implementation(ABC):
         """Return what `explain` should add about how this computes the range, or nothing."""
         return ""
 
+    def memory_bits(self, problem: LinearProblem) -> int:
+        """Return the memory of one code in the layout, where it depends on more than the width."""
+        return self.stored_bits[problem.weight_bits]
+
     @abstractmethod
     def prepare(self, problem: LinearProblem, *tensors: Tensor | None) -> dict[str, Tensor]:
         """Return the tensors of the layout, named; the arguments are those of the operation's `prepare`."""
@@ -324,7 +328,7 @@ class Operand:
 
 def storage_remark(implementation: Implementation, problem: LinearProblem) -> str:
     """Return what to add to a reason when codes take more memory than their width."""
-    stored = implementation.stored_bits[problem.weight_bits]
+    stored = implementation.memory_bits(problem)
     if stored == problem.weight_bits:
         return ""
     return f"; keeps each {problem.weight_bits}-bit code in {stored} bits of memory"

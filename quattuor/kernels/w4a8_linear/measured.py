@@ -12,7 +12,7 @@ from pathlib import Path
 
 from quattuor.kernels.dispatch import LinearProblem
 from quattuor.kernels.w4a8_linear.narrow import width_of
-from quattuor.kernels.w4a8_linear.planes import HopperTile, Tile, mode_of
+from quattuor.kernels.w4a8_linear.planes import PLANE_K, HopperTile, Tile, mode_of
 
 __all__ = ["FILE", "Choice", "find"]
 
@@ -47,6 +47,8 @@ def find(problem: LinearProblem, num_tokens: int | None) -> Choice | None:
     """Return the measured choice for a layer and a token count (None for the largest), or None without one."""
     if problem.compute_capability is None or problem.activation_zero_point:
         return None
+    if problem.group_size is not None and problem.group_size % PLANE_K:
+        return None  # scaling single elements takes other tiles than those measured
     shape = (problem.out_features, problem.in_features)
     choices = table().get((problem.compute_capability, *shape, mode_of(problem), width_of(problem)), [])
     for max_tokens, choice in choices:

@@ -4,6 +4,7 @@
 import functools
 import importlib.util
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -38,15 +39,31 @@ def streaming(tokens: int, programs: float) -> tuple[int, str]:
     return (PAIR_STAGES[tokens], "early") if programs > 1.8 else (5, "late")
 
 
-def narrow_sizes(num_tokens: int, width: int, is_scaled: bool, has_warpgroups: bool) -> tuple[int, int, int, int]:
-    """Return rows, tokens, warps and stages for 2 and 3 bits, whose blocks hold more elements of the tokens."""
+def sizes(
+    rows: int, tokens: int, num_warps: int, num_stages: int, overlap: str = "none", columns: int = 128
+) -> Tile:
+    """Return a tile that takes the whole of K."""
+    return Tile(
+        rows=rows,
+        tokens=tokens,
+        split=1,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        overlap=overlap,
+        columns=columns,
+    )
+
+
+def narrow_sizes(num_tokens: int, width: int, is_scaled: bool, has_warpgroups: bool) -> Tile:
+    """Return the tile for 2 and 3 bits, whose blocks hold two and four times as many elements of the tokens."""
     if num_tokens <= 16:
-        tokens = 8 if num_tokens <= 8 else 16
-        return 64, tokens, 4, 3 if width == 2 or is_scaled else 2
-    if num_tokens <= 32 or width == 3 or is_scaled or not has_warpgroups:
+        return sizes(64, 8 if num_tokens <= 8 else 16, 4, 3 if width == 2 or is_scaled else 2)
+    if num_tokens <= 32 or not has_warpgroups:
         has_registers = has_warpgroups or width == 2 or not is_scaled
-        return 64, 32 if has_registers else 16, 4, 2
-    return 128, 64 if num_tokens <= 64 else 128, 8, 2
+        return sizes(64, 32 if has_registers else 16, 4, 2)
+    if is_scaled:
+        return sizes(128, 64, 8, 2, columns=64)
+    return sizes(128, 64 if num_tokens <= 64 else 128, 8, 3 if width == 2 else 2, columns=64)
 
 
 def choose_tile(
@@ -73,29 +90,30 @@ def choose_tile(
         width: Bits of a stored code: 2, 3, 4 or 8.
         scaled: What group scales multiply: "planes" (groups of whole planes), "elements", or None without groups.
     """
-    overlap, per_processor = "none", 2
+    per_processor = 2
     has_many_rows = out_features > 64 * 3 * num_processors
     if width < 4:
-        rows, tokens, num_warps, num_stages = narrow_sizes(num_tokens, width, scaled is not None, has_warpgroups)
+        tile = narrow_sizes(num_tokens, width, scaled is not None, has_warpgroups)
     elif num_tokens <= 16:
-        rows, tokens, num_warps, num_stages = 64, 8 if num_tokens <= 8 else 16, 4, 4
+        tile = sizes(64, 8 if num_tokens <= 8 else 16, 4, 4)
     elif num_tokens <= 32:
-        rows, tokens, num_warps, num_stages = 64, 32, 4, 3
+        tile = sizes(64, 32, 4, 3)
     elif scaled == "elements":
-        rows, tokens, num_warps, num_stages = 64, 64, 4, 2
+        tile = sizes(64, 64, 4, 2)
     elif num_tokens <= 64 and has_warpgroups and not has_many_rows:
-        rows, tokens, num_warps, num_stages, overlap = 64, 64, 4, 4, "early"
+        tile = sizes(64, 64, 4, 4, "early")
     elif num_tokens <= 64 or not has_warpgroups:
-        rows, tokens, num_warps, num_stages = 128, 64, 8, 3
+        tile = sizes(128, 64, 8, 3)
     else:
-        rows, tokens, num_warps, num_stages, per_processor = 128, 128, 8, 3, 1
-    tiles = -(-out_features // rows) * -(-num_tokens // tokens)
+        tile, per_processor = sizes(128, 128, 8, 3), 1
+    tiles = -(-out_features // tile.rows) * -(-num_tokens // tile.tokens)
     # a part shorter than 1024 elements costs more in partial sums than it gains in occupancy
     shortest = max(1, 1024 // BLOCKS[width].elements)
-    split = max(1, min(num_processors * per_processor // tiles, num_blocks // shortest))
+    tile = replace(tile, split=max(1, min(num_processors * per_processor // tiles, num_blocks // shortest)))
     if has_warpgroups and num_tokens <= 32 and width == 4 and scaled != "elements":
-        num_stages, overlap = streaming(tokens, tiles * split / num_processors)
-    return Tile(rows=rows, tokens=tokens, split=split, num_warps=num_warps, num_stages=num_stages, overlap=overlap)
+        num_stages, overlap = streaming(tile.tokens, tiles * tile.split / num_processors)
+        tile = replace(tile, num_stages=num_stages, overlap=overlap)
+    return tile
 
 
 @functools.lru_cache(maxsize=4096)
@@ -117,7 +135,7 @@ class Triton(Implementation):
 
     name = "triton"
     layout = "planes"
-    stored_bits = STORED_BITS | {2: 2, 3: 3}
+    stored_bits = STORED_BITS
 
     def supports(self, problem: LinearProblem) -> str | None:
         if problem.device_type != "cuda":
@@ -127,6 +145,9 @@ class Triton(Implementation):
         if importlib.util.find_spec("triton") is None:
             return "the package triton is not installed (pip install triton)"
         return None
+
+    def memory_bits(self, problem: LinearProblem) -> int:
+        return width_of(problem)
 
     def prepare(self, problem: LinearProblem, *tensors: Tensor | None) -> dict[str, Tensor]:
         return prepare_narrow(problem, *tensors) if width_of(problem) < 4 else prepare_planes(problem, *tensors)

@@ -18,6 +18,7 @@ def hopper(shape, **fields):
     return LinearProblem(**sizes, device_type="cuda", compute_capability=(9, 0), **fields)
 
 
+KEYS = ("n", "k", "mode", "bits")
 MODES = [{}, {"group_size": 128, "integer_group_scale": True}]
 
 
@@ -40,7 +41,7 @@ def test_within_a_range_one_implementation_is_chosen():
         same = [
             other["implementation"]
             for other in rows
-            if other["max_tokens"] in tokens and all(other[key] == row[key] for key in ("n", "k", "mode"))
+            if other["max_tokens"] in tokens and all(other.get(key) == row.get(key) for key in KEYS)
         ]
         assert set(same) == {row["implementation"]}
 
@@ -56,6 +57,19 @@ def test_tiles_hold_the_tokens_they_are_chosen_for():
 def test_other_layers_and_devices_follow_the_rules():
     assert measured.find(hopper((4096, 4000)), 1) is None
     assert measured.find(hopper((4096, 4096), group_size=64), 1) is None
+    assert measured.find(hopper((4096, 4096), group_size=64, integer_group_scale=True), 1) is None
+    assert measured.find(hopper((4096, 4096), weight_bits=3), 1) is None
     assert measured.find(hopper((4096, 4096), activation_zero_point=True), 1) is None
     cpu = LinearProblem(out_features=4096, in_features=4096)
     assert measured.find(cpu, 1) is None
+
+
+def test_narrow_codes_have_tiles_of_their_own():
+    found = {bits: measured.find(hopper((28672, 8192), weight_bits=bits), 16).tile for bits in (2, 3, 4)}
+    assert found[3] != found[4]
+    for bits in (2, 3):
+        plan = w4a8_linear.plan(hopper((28672, 8192), weight_bits=bits))
+        assert {plan.implementation(tokens) for tokens in (1, 32, 64, 10**6)} == {"triton"}
+        assert all("bits of memory" not in row.reason for row in plan.explain() if row.is_chosen)
+        scaled = w4a8_linear.plan(hopper((28672, 8192), weight_bits=bits, group_size=64))
+        assert all("in 4 bits of memory" in row.reason for row in scaled.explain() if row.is_chosen)
