@@ -58,8 +58,8 @@ class Gluon(Implementation):
         if choice is not None:
             is_fastest = choice.implementation == self.name
             return None if is_fastest else f"{choice.implementation} was measured to be faster on this layer"
-        is_few = tokens.last is not None and tokens.last <= 64
-        if is_few and mode_of(problem) == "channel":
+        few = {"channel": 64, "integer": 32}.get(mode_of(problem), 0)
+        if tokens.last is not None and tokens.last <= few:
             return "streaming the weight is the limit here, and the smaller programs of triton hide more of it"
         return None
 

@@ -32,10 +32,12 @@ def streaming(tokens: int, programs: float) -> tuple[int, str]:
     """Return stages and overlap for at most 32 tokens on Hopper, given the programs for each multiprocessor.
 
     With nearly two programs for each, those of the next kernel may come early where shared memory holds two: they
-    then spread as evenly. Fewer would leave it uneven room, so that it comes late. Many hide each other's latency.
+    then spread as evenly. Fewer would leave it uneven room, so that it comes late. Many hide each other's latency
+    with three stages. No kernel waits for the end of the one before it to be launched: in a model that is the
+    quantization of the tokens.
     """
     if programs > 2:
-        return 3, "none"
+        return 3, "late"
     return (PAIR_STAGES[tokens], "early") if programs > 1.8 else (5, "late")
 
 
