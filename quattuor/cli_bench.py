@@ -43,11 +43,14 @@ def kernels(
     qqq: Annotated[
         Path | None, typer.Option(metavar="DIR", help="CUDA sources of the original QQQ kernel, to time it too.")
     ] = None,
+    marlin: Annotated[Path | None, typer.Option(metavar="DIR", help="Likewise marlin/ of Marlin.")] = None,
+    cutlass: Annotated[Path | None, typer.Option(metavar="DIR", help="Likewise include/ of CUTLASS.")] = None,
 ) -> None:
     """Time W4A8 linear layers against cuBLAS and every peer that is installed, on one GPU."""
     check_writable(json_file)
     arguments = ["--seconds", str(seconds)]
-    for name, value in (("--shapes", shapes), ("--tokens", tokens), ("--qqq", qqq), ("--json", json_file)):
+    peers = (("--qqq", qqq), ("--marlin", marlin), ("--cutlass", cutlass))
+    for name, value in (("--shapes", shapes), ("--tokens", tokens), *peers, ("--json", json_file)):
         if value is not None:
             arguments += [name, str(value.resolve() if isinstance(value, Path) else value)]
     run_benchmark("benchmarks.kernels.w4a8", arguments, needs_cuda=True)

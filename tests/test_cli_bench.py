@@ -39,6 +39,13 @@ def test_kernels_hands_its_options_on(started, tmp_path):
     assert line[3:] == ["--seconds", "5.0", "--shapes", "64x128", "--tokens", "1,2", "--json", str(target)]
 
 
+def test_folders_of_peers_are_handed_on_whole(started, tmp_path):
+    done = run("bench", "kernels", "--qqq", tmp_path, "--marlin", tmp_path, "--cutlass", tmp_path / "include")
+    assert done.exit_code == 0, done.output
+    peers = ["--qqq", str(tmp_path), "--marlin", str(tmp_path), "--cutlass", str(tmp_path / "include")]
+    assert started[0][5:] == peers
+
+
 def test_a_failed_benchmark_fails_the_command(started, monkeypatch):
     class Failed:
         returncode = 3
