@@ -13,7 +13,8 @@ import torch
 
 pytest.importorskip("triton")
 
-from quattuor.kernels.w4a8_linear import unpacking
+from quattuor.kernels.w4a8_linear import narrow, unpacking
+from quattuor.kernels.w4a8_linear.planes import pack_planes
 from quattuor.kernels.w4a16_linear import planes
 from quattuor.kernels.w4a16_linear import unpacking as fields
 
@@ -120,6 +121,27 @@ def test_channel_operands_are_16_times_the_code(plane):
     packed, low, high = every_byte()
     found = run(getattr(unpacking, f"{plane}_CHANNEL"), {"$1": packed})["$0"].view(np.int8)
     assert (found == 16 * codes_of(plane, low, high)).all()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_operands_of_every_width_are_codes_at_the_top_of_their_byte(bits):
+    block = narrow.BLOCKS[bits]
+    half = 2 ** (bits - 1)
+    codes = torch.randint(-half, half, (128, block.elements), dtype=torch.int8)
+    packed = pack_planes(codes) if bits == 4 else narrow.pack_narrow(codes, bits)
+    chunks = [tile.numpy().view(np.uint32).reshape(-1) for tile in packed[0]]
+    assert len(chunks) == block.chunks
+    for plane in range(block.planes):
+        if bits == 3 and plane >= 6:
+            text = unpacking.joined_assembly(4 if plane == 6 else 5)
+            registers = {"$1": chunks[0 if plane == 6 else 2], "$2": chunks[1]}
+        elif bits == 3:
+            text, registers = unpacking.plane_assembly(3, plane % 2 * 3), {"$1": chunks[plane // 2]}
+        else:
+            text, registers = unpacking.plane_assembly(bits, 8 - bits * (plane + 1)), {"$1": chunks[0]}
+        found = run(text, registers)["$0"].view(np.int8).reshape(128, 128)
+        expected = codes[:, 128 * plane : 128 * (plane + 1)].numpy() * 2 ** (8 - bits)
+        assert (found == expected).all(), plane
 
 
 @PLANES
