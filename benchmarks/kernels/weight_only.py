@@ -22,6 +22,7 @@ import torch
 
 from benchmarks import record
 from benchmarks.kernels.timing import BANDWIDTH, RATE, Batch, median_latencies
+from benchmarks.kernels.weight_only_tables import tables
 from benchmarks.kernels.weight_only_uniform import Packed, cublas_fp16, humming, uniform
 
 __all__ = ["FAMILIES", "floor_us", "main", "measure"]
@@ -31,7 +32,7 @@ SHAPES = ((28672, 8192), (11008, 4096), (4096, 4096))
 TOKENS = (1, 4, 16, 64, 1024)
 
 #: Contenders by the name of their family.
-FAMILIES: dict[str, Callable[[tuple[int, int]], Iterator[Packed]]] = {"uniform": uniform}
+FAMILIES: dict[str, Callable[[tuple[int, int]], Iterator[Packed]]] = {"uniform": uniform, "tables": tables}
 
 Row = dict[str, str | int | float | bool | None]
 

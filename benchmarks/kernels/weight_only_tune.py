@@ -24,9 +24,8 @@ from benchmarks.kernels.timing import Batch, Contender, median_latencies
 from benchmarks.kernels.weight_only import SHAPES, floor_us, make_batch
 from benchmarks.kernels.weight_only_uniform import Uniform, gate_of, layers_of, problem_of
 from quattuor.kernels.dispatch import Operand, describe_device
-from quattuor.kernels.w4a8_linear.planes import Tile
 from quattuor.kernels.w4a16_linear import measured, triton_kernel
-from quattuor.kernels.w4a16_linear.planes import layout_of
+from quattuor.kernels.w4a16_linear.planes import Tile, layout_of
 
 __all__ = ["candidates", "main"]
 
@@ -43,9 +42,9 @@ def candidates(shape: tuple[int, int], max_tokens: int, kind: Uniform) -> Iterat
     layout = layout_of(problem_of(shape, kind))
     num_blocks = -(-shape[1] // layout.block_k)
     seen = set()
-    for rows, tokens, num_warps, stages, per_processors, overlaps in families(max_tokens):
+    for rows, tokens, num_warps, stages, per_processors, overlaps, raws in families(max_tokens):
         tiles = -(-shape[0] // rows) * -(-TIMED[max_tokens] // tokens)
-        for num_stages, per_processor, overlap in itertools.product(stages, per_processors, overlaps):
+        for num_stages, per_processor, overlap, raw in itertools.product(stages, per_processors, overlaps, raws):
             split = max(1, min(PROCESSORS * per_processor // tiles, num_blocks // 2))
             shared = num_stages * 2 * (rows * layout.words * layout.plane_k + tokens * layout.block_k)
             tile = Tile(
@@ -55,6 +54,9 @@ def candidates(shape: tuple[int, int], max_tokens: int, kind: Uniform) -> Iterat
                 num_warps=num_warps,
                 num_stages=num_stages,
                 overlap=overlap,
+                raw=raw,
+                # more than four programs of a multiprocessor's 65536 registers would leave one without room
+                max_registers=128 if raw and kind.bits < 4 else None,
             )
             if shared <= SHARED_BYTES and tile not in seen:
                 seen.add(tile)
@@ -62,22 +64,19 @@ def candidates(shape: tuple[int, int], max_tokens: int, kind: Uniform) -> Iterat
 
 
 def families(max_tokens: int) -> Iterator[tuple]:
-    """Yield rows, tokens, warps, stages, programs per multiprocessor and overlaps."""
-    every, two = ("none", "early"), ("none",)
-    if max_tokens <= 8:
-        yield 64, 8, 4, (3, 4, 6), (2, 3, 4), every
+    """Yield rows, tokens, warps, stages, programs per multiprocessor, overlaps and raw operands or not."""
+    none, both = ("none",), (True, False)
     if max_tokens <= 16:
-        yield 64, 16, 4, (3, 4), (2, 3), every
+        yield 64, 8, 4, (3,), (3, 4, 7), none, both
+        yield 64, 16, 4, (3,), (3,), none, (False,)
     if max_tokens == 32:
-        yield 64, 32, 4, (2, 3, 4), (2, 3), two
-        yield 128, 32, 8, (2, 3), (1, 2), two
+        yield 64, 32, 4, (2, 3, 4), (2, 3), none, (False,)
+        yield 128, 32, 8, (2, 3), (1, 2), none, (False,)
     if max_tokens in (64, 128):
-        yield 64, 64, 4, (2, 3), (1, 2, 3), two
-        yield 128, 64, 8, (2, 3), (1, 2), two
-    if max_tokens >= 128:
-        yield 128, 128, 8, (2, 3), (1,), two
-    if max_tokens > 128:
-        yield 128, 64, 8, (2, 3), (1, 2), two
+        yield 64, 64, 4, (2, 3), (1, 2, 3), none, (False,)
+        yield 128, 64, 8, (2, 3), (1, 2), none, (False,)
+    if max_tokens > 64:
+        yield 128, 64, 8, (2, 3), (1, 2), none, (False,)
 
 
 def launch(kind: Uniform, tile: Tile, batch: Batch, operand: Operand) -> torch.Tensor:

@@ -9,8 +9,7 @@ import json
 from pathlib import Path
 
 from quattuor.kernels.dispatch import LinearProblem
-from quattuor.kernels.w4a8_linear.planes import Tile
-from quattuor.kernels.w4a16_linear.planes import STORED_BITS
+from quattuor.kernels.w4a16_linear.planes import STORED_BITS, Tile
 
 __all__ = ["FILE", "find"]
 

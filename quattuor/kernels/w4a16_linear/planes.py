@@ -11,7 +11,17 @@ from torch.nn.functional import pad
 from quattuor.kernels.dispatch import LinearProblem
 from quattuor.kernels.w4a8_linear.planes import MAX_SPLIT_TILES
 
-__all__ = ["MIN_PLANE", "STORED_BITS", "TILE_ROWS", "Layout", "layout_of", "pack", "prepare_tensors", "unpack"]
+__all__ = [
+    "MIN_PLANE",
+    "STORED_BITS",
+    "TILE_ROWS",
+    "Layout",
+    "Tile",
+    "layout_of",
+    "pack",
+    "prepare_tensors",
+    "unpack",
+]
 
 #: Bits that a code takes in memory, by its width.
 STORED_BITS = {2: 2, 3: 3, 4: 4, 5: 8, 6: 8, 7: 8, 8: 8}
@@ -26,6 +36,25 @@ MIN_PLANE = 16
 TILE_ROWS = 128
 #: Integer zero points of the stored codes up to this are kept in a byte and subtracted before the product.
 MAX_ZERO = 255
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tile:
+    """The work of one program: `rows` output features by `tokens`, K cut in `split` parts, and its resources.
+
+    `overlap` says when the next kernel of the stream may start its programs: "none" after this one, "early" at
+    once, "late" when every program of this one has multiplied; the last two need compute capability 9.0. `raw`
+    leaves the zero point to the sum over a group. `max_registers` caps what the compiler gives a thread.
+    """
+
+    rows: int
+    tokens: int
+    split: int
+    num_warps: int
+    num_stages: int
+    overlap: str = "none"
+    raw: bool = False
+    max_registers: int | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,10 +9,16 @@ import torch
 from torch import Tensor
 
 from quattuor.kernels.dispatch import Implementation, LinearProblem, TokenRange
-from quattuor.kernels.w4a8_linear.planes import Tile
 from quattuor.kernels.w4a8_linear.triton import processors
 from quattuor.kernels.w4a16_linear import measured
-from quattuor.kernels.w4a16_linear.planes import MIN_PLANE, STORED_BITS, Layout, layout_of, prepare_tensors
+from quattuor.kernels.w4a16_linear.planes import (
+    MIN_PLANE,
+    STORED_BITS,
+    Layout,
+    Tile,
+    layout_of,
+    prepare_tensors,
+)
 
 __all__ = ["DECODED_FROM", "Triton", "choose_tile"]
 
@@ -39,7 +45,7 @@ def choose_tile(
     if element_size == 4:
         rows, tokens, num_warps, num_stages, per_processor = 64, 16, 4, 2, 3
     elif num_tokens <= 8:
-        rows, tokens, num_warps, num_stages, per_processor = 64, 8, 4, 4, 4
+        rows, tokens, num_warps, num_stages, per_processor = 64, 8, 4, 3, 4
     elif num_tokens <= 16 or most == 16:
         rows, tokens, num_warps, num_stages, per_processor = 64, 16, 4, 3, 3
     elif num_tokens <= 32 or most == 32:
@@ -52,7 +58,15 @@ def choose_tile(
     tiles = -(-out_features // rows) * -(-num_tokens // tokens)
     # a part shorter than 2 blocks costs more in partial sums than it gains in occupancy
     split = max(1, min(num_processors * per_processor // tiles, num_blocks // 2))
-    return Tile(rows=rows, tokens=tokens, split=split, num_warps=num_warps, num_stages=num_stages)
+    # with few planes the registers are there for what the sums over groups cost
+    return Tile(
+        rows=rows,
+        tokens=tokens,
+        split=split,
+        num_warps=num_warps,
+        num_stages=num_stages,
+        raw=tokens == 8 and layout.planes <= 4,
+    )
 
 
 @functools.lru_cache(maxsize=4096)

@@ -5,6 +5,9 @@ The operands are swapped, as in w4a8_linear: a program computes y[tokens, rows] 
 weight go from shared memory to registers as the tensor cores want them; a mask and a multiply-add make a plane of
 them the operand. The tensor cores multiply codes less integer zero points, which are exact; the scale of a group
 meets the float32 sum over the group, and so does a zero point that is no integer.
+
+For few tokens unpacking is what takes time, and the tensor cores have it to spare: RAW leaves out the multiply-add
+and has them sum the activations too, times which the zero point is subtracted from the sum over the group.
 """
 
 import torch
@@ -13,9 +16,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from quattuor.kernels.w4a8_linear.planes import Tile
-from quattuor.kernels.w4a16_linear.planes import TILE_ROWS, Layout
-from quattuor.kernels.w4a16_linear.unpacking import arity, assembly, constraints, position, word_of
+from quattuor.kernels.w4a16_linear.planes import TILE_ROWS, Layout, Tile
+from quattuor.kernels.w4a16_linear.unpacking import (
+    arity,
+    assembly,
+    constraints,
+    position,
+    raw_assembly,
+    word_of,
+)
 
 __all__ = ["decode_kernel", "launch", "launch_decode", "w4a16_kernel"]
 
@@ -96,6 +105,32 @@ def decode(
 
 
 @triton.jit
+def decode_raw(words, dtype: tl.constexpr, BITS: tl.constexpr, PLANE: tl.constexpr, ASM: tl.constexpr):
+    """The codes of one plane times 2^(position - 24) in float16, and plus 128 in bfloat16."""
+    is_half: tl.constexpr = dtype == tl.float16
+    if ASM:
+        index: tl.constexpr = word_of(BITS, PLANE)
+        text: tl.constexpr = raw_assembly(BITS, PLANE, is_half)
+        registers: tl.constexpr = constraints(BITS, PLANE, False)
+        if arity(BITS, PLANE) == 3:
+            operands = [words[0], words[1], words[2]]
+        else:
+            operands = [words[index % 3 if BITS == 3 else 0]]
+        if is_half:
+            value = tl.inline_asm_elementwise(text, registers, operands, dtype=tl.float16, is_pure=True, pack=2)
+        else:
+            value = tl.inline_asm_elementwise(text, registers, operands, dtype=tl.bfloat16, is_pure=True, pack=2)
+    else:
+        place: tl.constexpr = word_of(BITS, PLANE) % 3 if BITS == 3 else 0
+        code = field(words[place], words[1], words[2], BITS, PLANE)
+        if is_half:
+            value = (code << position(BITS, PLANE, True)).to(tl.int16).to(tl.float16, bitcast=True)
+        else:
+            value = (code + 128).to(tl.bfloat16)
+    return value
+
+
+@triton.jit
 def load_words(weight, block, WORDS: tl.constexpr, PLANE_K: tl.constexpr):
     """The one or three words of each element of a block's planes, as a tuple of three."""
     size: tl.constexpr = 128 * PLANE_K
@@ -110,12 +145,28 @@ def load_words(weight, block, WORDS: tl.constexpr, PLANE_K: tl.constexpr):
 
 @triton.jit
 def load_groups(values, block, N_PADDED, PIECES: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_SIZE: tl.constexpr):
-    """The value of each row for each piece of a block."""
+    """The value of each row for each piece of a block, as int32 where it is shorter.
+
+    Short values that a loop carries would be put together in pairs, and waited for, at once.
+    """
     found = ()
     for piece in tl.static_range(PIECES):
         group = (block * BLOCK_K + piece * (BLOCK_K // PIECES)) // GROUP_SIZE
-        found = found + (tl.load(values + group * N_PADDED),)  # noqa: RUF005 (Triton knows no unpacking)
+        value = tl.load(values + group * N_PADDED)
+        if value.dtype == tl.float16:
+            value = value.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
+        elif value.dtype == tl.uint8:
+            value = value.to(tl.int32)
+        found = found + (value,)  # noqa: RUF005 (Triton knows no unpacking)
     return found
+
+
+@triton.jit
+def as_float(value, dtype: tl.constexpr):
+    """The float32 of what `load_groups` found in memory of this dtype."""
+    if dtype == tl.float16:
+        value = value.to(tl.int16).to(tl.float16, bitcast=True)
+    return value.to(tl.float32)
 
 
 @triton.jit
@@ -173,6 +224,7 @@ def w4a16_kernel(
     EVEN_K: tl.constexpr,
     ASM: tl.constexpr,
     OVERLAP: tl.constexpr,
+    RAW: tl.constexpr,
 ):
     """One tile of ROWS outputs by TOKENS tokens over 1 / SPLIT of the K blocks, in pieces of one group.
 
@@ -190,6 +242,13 @@ def w4a16_kernel(
     IS_GROUPED: tl.constexpr = GROUP_SIZE > 0
     GROUP: tl.constexpr = GROUP_SIZE if IS_GROUPED else 1 << 30
     RUN: tl.constexpr = PLANES // PIECES
+    # zero points in the operand are not carried: the compiler would move the operand through shared memory
+    CARRIES: tl.constexpr = RAW or ZERO != INTEGER
+    HAS_ZERO: tl.constexpr = ZERO != MIDDLE
+    # what raw operands hold beside the code, and the part of the zero point that is known here
+    REST: tl.constexpr = (0.0 if dtype == tl.float16 else 128.0) + (
+        0.0 if ZERO == INTEGER else 1.0 * 2 ** (BITS - 1)
+    )
     row_start = packed + (row // 128).to(tl.int64) * NUM_BLOCKS * (WORDS * 128 * PLANE_K) + row % 128 * PLANE_K
     weight = row_start[:, None] + column[None, :]
     first = part * NUM_BLOCKS // SPLIT
@@ -206,38 +265,65 @@ def w4a16_kernel(
         gdc_wait()
 
     acc = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
-    carried = ()
-    if IS_GROUPED and ZERO != INTEGER:
-        carried = load_groups(row_scale, first, N_PADDED, PIECES, BLOCK_K, GROUP)
+    scales = ()
+    zeros = ()
+    if CARRIES and IS_GROUPED:
+        scales = load_groups(row_scale, first, N_PADDED, PIECES, BLOCK_K, GROUP)
+    if CARRIES and HAS_ZERO:
+        zeros = load_groups(row_zero, first, N_PADDED, PIECES, BLOCK_K, GROUP)
     for block in range(first, last):
         words = load_words(weight, block, WORDS, PLANE_K)
-        zeros = ()
-        if ZERO != MIDDLE:
-            zeros = load_groups(row_zero, block, N_PADDED, PIECES, BLOCK_K, GROUP)
-        scales = carried
-        if IS_GROUPED and ZERO != INTEGER:
-            # a block ahead, so that nothing waits for them. Zero points in the operand cannot be carried so: the
-            # compiler would move the operand through shared memory
-            following = tl.minimum(block + 1, last - 1)
-            carried = load_groups(row_scale, following, N_PADDED, PIECES, BLOCK_K, GROUP)
+        if ASM and IS_GROUPED:
+            # from memory to L2 well ahead; a block ahead, below, to registers
+            for piece in tl.static_range(PIECES):
+                far = (tl.minimum(block + 4, last - 1) * BLOCK_K + piece * (BLOCK_K // PIECES)) // GROUP
+                prefetch(row_scale + far * N_PADDED)
+                if HAS_ZERO:
+                    prefetch(row_zero + far * N_PADDED)
+        following = tl.minimum(block + 1, last - 1)
+        now_scales = scales
+        now_zeros = zeros
+        if CARRIES and IS_GROUPED:
+            scales = load_groups(row_scale, following, N_PADDED, PIECES, BLOCK_K, GROUP)
         elif IS_GROUPED:
-            scales = load_groups(row_scale, block, N_PADDED, PIECES, BLOCK_K, GROUP)
+            now_scales = load_groups(row_scale, block, N_PADDED, PIECES, BLOCK_K, GROUP)
+        if CARRIES and HAS_ZERO:
+            zeros = load_groups(row_zero, following, N_PADDED, PIECES, BLOCK_K, GROUP)
+        elif HAS_ZERO:
+            now_zeros = load_groups(row_zero, block, N_PADDED, PIECES, BLOCK_K, GROUP)
         for piece in tl.static_range(PIECES):
             # never the sum of all blocks: the compiler would wait for each of its warpgroup products
             product = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
+            sums = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
             total = tl.zeros((TOKENS,), dtype=tl.float32)
             for run in tl.static_range(RUN):
                 k = block * BLOCK_K + (piece * RUN + run) * PLANE_K + column
                 tokens = load_tokens(x, token, k, M, K, stride_xm, EVEN_K)
-                zero = zeros[piece] if ZERO == INTEGER else 0
-                operand = decode(words, zero, dtype, BITS, piece * RUN + run, ZERO, ASM)
-                product = tl.dot(operand, tokens, product, input_precision="ieee", out_dtype=tl.float32)
-                if ZERO == OFFSET:
-                    total += tl.sum(tokens.to(tl.float32), axis=0)
-            if ZERO == OFFSET:
-                product -= zeros[piece][:, None] * total[None, :]
+                if RAW:
+                    operand = decode_raw(words, dtype, BITS, piece * RUN + run, ASM)
+                    sums = tl.dot(tl.full((ROWS, PLANE_K), 1.0, dtype), tokens, sums, out_dtype=tl.float32)
+                    if position(BITS, piece * RUN + run, dtype == tl.float16) == 0:
+                        product = tl.dot(operand, tokens, product, out_dtype=tl.float32)
+                    else:
+                        plane = tl.dot(operand, tokens, out_dtype=tl.float32)
+                        product += plane * (1.0 / (1 << position(BITS, piece * RUN + run, True)))
+                else:
+                    zero = now_zeros[piece] if ZERO == INTEGER else 0
+                    operand = decode(words, zero, dtype, BITS, piece * RUN + run, ZERO, ASM)
+                    product = tl.dot(operand, tokens, product, input_precision="ieee", out_dtype=tl.float32)
+                    if ZERO == OFFSET:
+                        total += tl.sum(tokens.to(tl.float32), axis=0)
+            if RAW:
+                if dtype == tl.float16:
+                    product *= 16777216.0
+                if HAS_ZERO:
+                    product -= sums * (now_zeros[piece].to(tl.float32) + REST)[:, None]
+                else:
+                    product -= sums * REST
+            elif ZERO == OFFSET:
+                product -= now_zeros[piece][:, None] * total[None, :]
             if IS_GROUPED:
-                product *= scales[piece].to(tl.float32)[:, None]
+                product *= as_float(now_scales[piece], scale.dtype.element_ty)[:, None]
             acc += product
 
     if OVERLAP == LATE:
@@ -304,7 +390,7 @@ def decode_kernel(
             value = code.to(tl.float32)
             if ZERO == OFFSET:
                 value -= zeros[piece][:, None]
-            value *= scales[piece].to(tl.float32)[:, None]
+            value *= as_float(scales[piece], scale.dtype.element_ty)[:, None]
             where = out + row[:, None].to(tl.int64) * K + k[None, :]
             mask = (row[:, None] < N) & (k[None, :] < K)
             tl.store(where, value.to(out.dtype.element_ty), mask=mask)
@@ -352,6 +438,8 @@ def launch(
     num_tokens, in_features = x.shape
     out_features = out.shape[1]
     num_tiles = triton.cdiv(out_features, tile.rows) * triton.cdiv(num_tokens, tile.tokens)
+    # the operands of 8-bit codes in bfloat16 are put together from two fields; float32 needs no assembly
+    is_raw = tile.raw and (x.dtype == torch.float16 or (x.dtype == torch.bfloat16 and layout.bits < 8))
     partial = scale
     if tile.split > 1:
         shape = (num_tiles * tile.split * tile.rows * tile.tokens,)
@@ -378,10 +466,12 @@ def launch(
         IS_SPLIT=tile.split > 1,
         EVEN_K=in_features % layout.block_k == 0,
         OVERLAP=OVERLAPS[tile.overlap],
+        RAW=is_raw,
         **constants(layout, group_size, zero_point, interpret),
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         launch_pdl=tile.overlap != "none",
+        **({} if tile.max_registers is None else {"maxnreg": tile.max_registers}),
     )
 
 

@@ -56,9 +56,9 @@ def test_machine_code(capability, dtype, num_tokens, bits, group_size, zero):
     # 8 tokens are too few for warpgroups
     assert binary.count("HGMMA" if capability == 90 and tile.tokens > 8 else "HMMA") > 0
     assert binary.count("LDGSTS") > 0  # asynchronous copies: the loop is pipelined
-    if zero == 1:
+    if zero == 1 and bits < 8:
         # zero points reach the operand in registers: only the epilogue writes to shared memory, not every plane
-        assert binary.count("STS.128") < 4 * layout.planes
+        assert binary.count("STS.128") < 16
 
 
 @pytest.mark.parametrize(
@@ -125,6 +125,7 @@ def compile_tile(capability, dtype, tile, layout, group_size, zero):
         "IS_SPLIT": tile.split > 1,
         "EVEN_K": True,
         "OVERLAP": 0,
+        "RAW": tile.raw and dtype != "fp32",
     }
     return compile_kernel(
         w4a16_kernel,
