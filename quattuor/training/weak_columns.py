@@ -58,7 +58,8 @@ class TunableColumns(nn.Module):
             y = self.output_map.apply(y)
         if self.bias is not None:
             y = y + self.bias.float()
-        return y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
+        result: Tensor = y.to(x.dtype).view(*x.shape[:-1], y.shape[-1])
+        return result
 
     @property
     def bias(self) -> Tensor | None:
