@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loads a large packed checkpoint; run by test_loading_memory.py in a process of its own, whose memory it measures.
+"""Loads a large packed checkpoint; run by test_loading_memory.py in a process of its own, which it measures.
 
     python loading_memory.py write FOLDER          random codes of 8 blocks, in shards
     python loading_memory.py load FOLDER MAP       prints, as JSON, what loading it takes

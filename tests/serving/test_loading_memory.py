@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Loading a sharded checkpoint takes the checkpoint and at most one more shard: packed weights are never floats."""
+"""Loading a sharded checkpoint takes the checkpoint and at most one more shard: packed weights are no floats."""
 
 import json
 import os
