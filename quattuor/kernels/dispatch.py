@@ -55,6 +55,8 @@ def check_tensor(
     place: str,
 ) -> None:
     """Raise `InputError` unless the tensor has this shape, one of the dtypes, and lies on the device."""
+    if tensor.dtype in dtypes and tensor.shape == shape and tensor.device == device:
+        return  # before any message is made: this runs several times on each call of a layer
     allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in dtypes)
     check(tensor.dtype in dtypes, f"{name}.dtype", tensor.dtype, f"is not {allowed}", place, "convert it")
     check(

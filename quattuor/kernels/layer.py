@@ -4,6 +4,7 @@
 import torch
 from torch import Tensor
 
+from quattuor.errors import InputError, compose
 from quattuor.kernels.dispatch import (
     OUTPUT_DTYPES,
     Implementation,
@@ -38,14 +39,16 @@ def select(
     """
     chosen = schedule.implementation(x.shape[0])
     tensors = operand.layout(chosen.layout)
-    check(
-        len(tensors) > 0 and all(tensor.device == x.device for tensor in tensors.values()),
-        "operand",
-        sorted(operand.entries),
-        f"does not hold the layout {chosen.layout!r} on {x.device}",
-        place,
-        "prepare it with this plan and move it to the inputs' device",
-    )
+    if not tensors or any(tensor.device != x.device for tensor in tensors.values()):
+        raise InputError(
+            compose(
+                subject="operand",
+                value=sorted(operand.entries),
+                constraint=f"does not hold the layout {chosen.layout!r} on {x.device}",
+                place=place,
+                remedy="prepare it with this plan and move it to the inputs' device",
+            )
+        )
     return chosen, tensors
 
 
