@@ -16,24 +16,32 @@ from quattuor.kernels.dispatch import (
     check,
     check_tensor,
     choose,
+    describe_device,
 )
+from quattuor.kernels.layer import check_call, prepare_layouts, select
 from quattuor.kernels.lut_linear.problem import TABLE_DTYPES, LutProblem
 from quattuor.kernels.lut_linear.reference import Float32, Reference
 from quattuor.kernels.lut_linear.tables import Tables
-from quattuor.kernels.lut_linear.triton import Triton
+from quattuor.kernels.lut_linear.triton import Decoded, Triton
 
 __all__ = ["IMPLEMENTATIONS", "Plan", "plan"]
 
 PLACE = "lut_linear"
 
 #: Fastest first; the reference supports every legal problem.
-IMPLEMENTATIONS: tuple[Implementation, ...] = (Triton(), Float32(), Tables(), Reference())
+IMPLEMENTATIONS: tuple[Implementation, ...] = (Triton(), Decoded(), Float32(), Tables(), Reference())
 BY_NAME = {implementation.name: implementation for implementation in IMPLEMENTATIONS}
 
 
 @functools.cache
 def known_problem(
-    shape: tuple[int, int], weight_bits: int, kind: str, group_size: int, offset: bool, sparse: bool, device: str
+    shape: tuple[int, int],
+    weight_bits: int,
+    kind: str,
+    group_size: int,
+    offset: bool,
+    sparse: bool,
+    device: torch.device,
 ) -> LutProblem:
     """Return the problem of a layer that the operator computes; cached, since a call has no time to check it."""
     return LutProblem(
@@ -44,7 +52,7 @@ def known_problem(
         group_size=group_size or None,
         offset=offset,
         sparse=sparse,
-        device_type=device,
+        **describe_device(device),
     )
 
 
@@ -81,7 +89,7 @@ def lut_linear(
         group_size,
         "offset" in tensors,
         "values" in tensors,
-        x.device.type,
+        x.device,
     )
     return BY_NAME[implementation].linear(problem, (x,), tensors, bias, out_dtype)
 
@@ -129,12 +137,7 @@ class Plan:
         """
         check_weight(self.problem, codes, table, offset, sparse)
         tensors = (codes, table, offset, *(sparse or (None, None, None)))
-        entries = {
-            f"{layout}.{name}": tensor
-            for layout, implementation in self.schedule.layouts().items()
-            for name, tensor in implementation.prepare(self.problem, *tensors).items()
-        }
-        return Operand(entries)
+        return prepare_layouts(self.schedule, self.problem, *tensors)
 
     def linear(
         self, x: Tensor, operand: Operand, bias: Tensor | None = None, out_dtype: torch.dtype | None = None
@@ -156,16 +159,7 @@ class Plan:
         problem = self.problem
         out_dtype = problem.output_dtype if out_dtype is None else out_dtype
         check_inputs(problem, x, bias, out_dtype)
-        chosen = self.schedule.implementation(x.shape[0])
-        tensors = operand.layout(chosen.layout)
-        check(
-            bool(tensors) and all(t.device == x.device for t in tensors.values()),
-            "operand",
-            sorted(operand.entries),
-            f"does not hold the layout {chosen.layout!r} on {x.device}",
-            PLACE,
-            "prepare it with this plan and move it to the input's device",
-        )
+        chosen, tensors = select(self.schedule, operand, x, PLACE)
         return torch.ops.quattuor.lut_linear(
             x,
             list(tensors.values()),
@@ -256,21 +250,4 @@ def check_inputs(problem: LutProblem, x: Tensor, bias: Tensor | None, out_dtype:
     place = f"{PLACE}.linear"
     check(x.dim() == 2, "x.dim()", x.dim(), "is not 2", place, "flatten tokens to [M, K]")
     check_tensor("x", x, (x.shape[0], problem.in_features), OUTPUT_DTYPES, x.device, place)
-    if bias is not None:
-        check_tensor("bias", bias, (problem.out_features,), OUTPUT_DTYPES, x.device, place)
-    check(
-        out_dtype in OUTPUT_DTYPES,
-        "out_dtype",
-        out_dtype,
-        "is not a supported floating-point type",
-        place,
-        "use float16, bfloat16 or float32",
-    )
-    check(
-        x.device.type == problem.device_type,
-        "x.device",
-        x.device,
-        f"is not a {problem.device_type} device, for which the plan was made",
-        place,
-        "make a plan for this device",
-    )
+    check_call(problem, "x", x, bias, out_dtype, place)

@@ -1,0 +1,129 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Codebooks with single entries and binary planes, prepared for timing."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from benchmarks.kernels.timing import Batch, Contender, num_copies
+from benchmarks.kernels.weight_only_uniform import Packed, gate_of
+from quattuor.kernels import lut_linear
+from quattuor.kernels.dispatch import Operand, describe_device
+from quattuor.kernels.lut_linear import LutProblem
+from quattuor.kernels.lut_linear.reference import decoded_weight
+
+__all__ = ["FORMATS", "SPARSE_SHARE", "Table", "layers_of", "problem_of", "tables"]
+
+#: Weights that SqueezeLLM keeps as single entries.
+SPARSE_SHARE = 0.0045
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table:
+    """A codebook or planes; `sparse` adds single entries, `offset` a constant per group of planes."""
+
+    kind: Literal["codebook", "planes"]
+    bits: int
+    group_size: int | None = None
+    sparse: bool = False
+    offset: bool = False
+
+    @property
+    def name(self) -> str:
+        """As rows say it."""
+        return self.kind + "_sparse" * self.sparse + "_offset" * self.offset
+
+    def weight_bytes(self, out_features: int, in_features: int) -> float:
+        """Codes, float16 numbers of the tables, and single entries with 16-bit columns."""
+        groups = out_features * (in_features // self.group_size if self.group_size else 1)
+        numbers = (2**self.bits if self.kind == "codebook" else self.bits) + self.offset
+        entries = out_features * (4 + 4 * SPARSE_SHARE * in_features) if self.sparse else 0
+        return out_features * in_features * self.bits / 8 + 2 * groups * numbers + entries
+
+
+#: What the record compares.
+FORMATS = (
+    Table(kind="codebook", bits=4, sparse=True),
+    Table(kind="codebook", bits=3, sparse=True),
+    Table(kind="planes", bits=2),
+    Table(kind="planes", bits=2, group_size=128, offset=True),
+    Table(kind="planes", bits=3),
+    Table(kind="planes", bits=4),
+)
+
+
+def problem_of(shape: tuple[int, int], kind: Table) -> LutProblem:
+    """Describe a layer of a format on this device."""
+    return LutProblem(
+        out_features=shape[0],
+        in_features=shape[1],
+        weight_bits=kind.bits,
+        kind=kind.kind,
+        group_size=kind.group_size,
+        offset=kind.offset,
+        sparse=kind.sparse,
+        **describe_device("cuda"),
+    )
+
+
+def single_entries(shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
+    """Return random entries in compressed rows, at distinct columns of each row."""
+    mask = torch.rand(shape, device="cuda") < SPARSE_SHARE
+    row_offsets = torch.zeros(shape[0] + 1, dtype=torch.int32, device="cuda")
+    row_offsets[1:] = mask.sum(dim=1).cumsum(0)
+    columns = mask.nonzero()[:, 1].to(torch.int16)
+    return row_offsets, columns, torch.randn(columns.shape, device="cuda").half()
+
+
+def layers_of(shape: tuple[int, int], kind: Table) -> tuple[Tensor, list[Operand]]:
+    """Return the weight of a random layer as float32, and enough packed layers, it first, to stay cold."""
+    problem = problem_of(shape, kind)
+    plan = lut_linear.plan(problem)
+    codes = torch.randint(2**kind.bits, shape, device="cuda", dtype=torch.uint8)
+    table = torch.randn(shape[0], problem.num_groups, problem.table_size, device="cuda").half()
+    offset = torch.randn(shape[0], problem.num_groups, device="cuda").half() if kind.offset else None
+    decoded = decoded_weight(problem, codes, table, offset)
+    entries = None
+    if kind.sparse:
+        entries = single_entries(shape)
+        row_offsets, columns, values = entries
+        rows = torch.arange(shape[0], device="cuda").repeat_interleave(row_offsets.long().diff())
+        decoded[rows, columns.long()] += values.float()
+    first = plan.prepare(codes, table, offset, entries)
+    layers = [first]
+    for _ in range(num_copies(first.nbytes) - 1):
+        # tables and counters of their own, so that they are as cold as the weight
+        fresh = {name: tensor.clone() for name, tensor in first.tensors().items()}
+        packed = next(name for name in fresh if name.endswith(".packed"))
+        fresh[packed] = torch.randint_like(fresh[packed], -(2**15), 2**15)
+        layers.append(Operand(fresh))
+    return decoded, layers
+
+
+def tables(shape: tuple[int, int], kinds: Sequence[Table] = FORMATS) -> Iterator[Packed]:
+    """Prepare Quattuor's layers of each format."""
+    for kind in kinds:
+        plan = lut_linear.plan(problem_of(shape, kind))
+        decoded, layers = layers_of(shape, kind)
+
+        def run(batch: Batch, i: int, plan=plan, layers=layers) -> Tensor:
+            return plan.linear(batch.x, layers[i % len(layers)])
+
+        yield Packed(
+            contender=Contender(
+                name="quattuor",
+                granularity="channel" if kind.group_size is None else f"group{kind.group_size}",
+                includes_activation_quantization=False,
+                copies=len(layers),
+                gate=gate_of(run, decoded),
+                describe=plan.implementation,
+                run=run,
+            ),
+            format=kind.name,
+            bits=kind.bits,
+            group_size=kind.group_size,
+            weight_bytes=kind.weight_bytes(*shape),
+        )
