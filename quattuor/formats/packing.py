@@ -15,6 +15,9 @@ from quattuor.errors import InputError, compose
 
 __all__ = ["pack_rows", "packed_row_bytes", "unpack_rows"]
 
+#: Codes that cross bytes are unpacked through 64-bit words; this many at once bound the memory that takes.
+_CODES_AT_ONCE = 1 << 24
+
 
 def check_width(bits: int, place: str) -> None:
     """Reject a width that does not fit a byte."""
@@ -86,18 +89,33 @@ def unpack_rows(
                 remedy="pass the width and the number of codes that the rows were packed with",
             )
         )
-    num_rows = packed.shape[0]
-    num_words = -(-num_codes // 8)
+    if 8 % bits == 0:
+        codes = _codes_in_bytes(packed, bits)[:, :num_codes]
+    else:
+        rows = max(1, _CODES_AT_ONCE // max(num_codes, 1))
+        codes = torch.cat([_codes_across_bytes(part, bits)[:, :num_codes] for part in packed.split(rows)])
+    if not signed:
+        return codes.contiguous()
+    half = 2 ** (bits - 1)
+    signed_NK: Tensor = ((codes ^ half) - half).view(torch.int8)  # wraps around as bytes do
+    return signed_NK
+
+
+def _codes_in_bytes(packed: Tensor, bits: int) -> Tensor:
+    """Return the unsigned codes of rows whose codes do not cross bytes."""
+    shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=packed.device)
+    codes: Tensor = (packed.unsqueeze(-1) >> shifts) & (2**bits - 1)
+    return codes.flatten(1)
+
+
+def _codes_across_bytes(packed: Tensor, bits: int) -> Tensor:
+    """Return the unsigned codes of rows, eight of them from each `bits` bytes."""
+    num_rows, num_bytes = packed.shape
+    num_words = -(-num_bytes // bits)
     padded = torch.zeros(num_rows, num_words * bits, dtype=torch.int64, device=packed.device)
-    padded[:, :expected] = packed
+    padded[:, :num_bytes] = packed
     byte_shifts = torch.arange(bits, device=packed.device) * 8
     words = (padded.view(num_rows, num_words, bits) << byte_shifts).sum(dim=-1)
     shifts = torch.arange(8, device=packed.device) * bits
-    unsigned_NK: Tensor = ((words.unsqueeze(-1) >> shifts) & (2**bits - 1)).reshape(num_rows, 8 * num_words)[
-        :, :num_codes
-    ]
-    if not signed:
-        return unsigned_NK.to(torch.uint8)
-    half = 2 ** (bits - 1)
-    signed_NK: Tensor = (unsigned_NK ^ half) - half
-    return signed_NK.to(torch.int8)
+    codes: Tensor = (words.unsqueeze(-1) >> shifts) & (2**bits - 1)
+    return codes.to(torch.uint8).view(num_rows, 8 * num_words)

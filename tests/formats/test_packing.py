@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from quattuor.errors import InputError
+from quattuor.formats import packing
 from quattuor.formats.packing import pack_rows, packed_row_bytes, unpack_rows
 
 WIDTHS = range(1, 9)
@@ -88,6 +89,13 @@ def test_empty_matrices(shape: tuple[int, int]) -> None:
     packed = pack_rows(torch.empty(shape, dtype=torch.int8), 3)
     assert packed.shape == (shape[0], packed_row_bytes(shape[1], 3))
     assert unpack_rows(packed, 3, shape[1], signed=True).shape == shape
+
+
+@pytest.mark.parametrize("bits", WIDTHS)
+def test_rows_unpacked_in_parts(bits: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    codes = torch.arange(7 * 11).remainder(2**bits).to(torch.uint8).view(7, 11)
+    monkeypatch.setattr(packing, "_CODES_AT_ONCE", 25)
+    assert torch.equal(unpack_rows(pack_rows(codes, bits), bits, 11, signed=False), codes)
 
 
 def test_transposed_input() -> None:
