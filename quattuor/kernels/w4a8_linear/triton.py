@@ -59,13 +59,13 @@ def sizes(
 def narrow_sizes(num_tokens: int, width: int, is_scaled: bool, has_warpgroups: bool) -> Tile:
     """Return the tile for 2 and 3 bits, whose blocks hold two and four times as many elements of the tokens."""
     if num_tokens <= 16:
-        return sizes(64, 8 if num_tokens <= 8 else 16, 4, 3 if width == 2 or is_scaled else 2)
+        return sizes(64, 8 if num_tokens <= 8 else 16, 4, 3)
     if num_tokens <= 32 or not has_warpgroups:
         has_registers = has_warpgroups or width == 2 or not is_scaled
         return sizes(64, 32 if has_registers else 16, 4, 2)
     if is_scaled:
         return sizes(128, 64, 8, 2, columns=64)
-    return sizes(128, 64 if num_tokens <= 64 else 128, 8, 3 if width == 2 else 2, columns=64)
+    return sizes(128, 64, 8, 3 if width == 2 else 2, columns=64)
 
 
 def choose_tile(
@@ -115,6 +115,9 @@ def choose_tile(
     if has_warpgroups and num_tokens <= 32 and width == 4 and scaled != "elements":
         num_stages, overlap = streaming(tile.tokens, tiles * tile.split / num_processors)
         tile = replace(tile, num_stages=num_stages, overlap=overlap)
+    elif width == 3 and num_tokens <= 16 and scaled is None and tiles * tile.split > 2 * num_processors:
+        # a third stage leaves room for two programs on a multiprocessor
+        tile = replace(tile, num_stages=2)
     return tile
 
 

@@ -41,8 +41,8 @@ MODES = {"channel": CHANNEL, "integer": INTEGER, "half": HALF, "byte": BYTE, "su
 #: Blocks of the weight that each program fetches to L2 while the kernel before this one drains.
 BLOCKS_AHEAD = tl.constexpr(4)
 
-#: Tokens of a tile up to which scaling sums takes no more instructions than scaling nibbles.
-MAX_SUM_TOKENS = 32
+#: Tokens of a tile up to which scaling sums is faster than scaling nibbles, whose scales are not copied ahead.
+MAX_SUM_TOKENS = 64
 
 # When the next kernel may start its programs.
 NONE = tl.constexpr(0)
@@ -124,10 +124,10 @@ def unpack_top(first, middle, last, PLANE: tl.constexpr, WIDTH: tl.constexpr, AS
 
 
 @triton.jit
-def load_words(words, block, row, N_PADDED, PLANES: tl.constexpr, HAS_WORDS: tl.constexpr):
-    """Group scales [rows] of a block, four planes to an int32; nothing where they do not come in words."""
+def load_words(words, block, row, N_PADDED, PLANES: tl.constexpr, MODE: tl.constexpr):
+    """Group scales [rows] of a block, four planes to an int32; nothing where sums are not scaled."""
     loaded = ()
-    if HAS_WORDS:
+    if MODE == SUMS:
         for word in tl.static_range((PLANES + 3) // 4):
             loaded += (tl.load(words + (block * ((PLANES + 3) // 4) + word) * N_PADDED + row),)
     return loaded
@@ -216,7 +216,6 @@ def w4a8_kernel(
     ASM: tl.constexpr,
     OVERLAP: tl.constexpr,
     COLUMNS: tl.constexpr,
-    HAS_WORDS: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """One tile of ROWS outputs by TOKENS tokens over 1 / SPLIT of the K blocks.
@@ -267,7 +266,7 @@ def w4a8_kernel(
             bytes_1 = tl.load(chunk + 16384)
         if CHUNKS > 2:
             bytes_2 = tl.load(chunk + 32768)
-        words = load_words(group_scale, block, row, N_PADDED, PLANES, HAS_WORDS)
+        words = load_words(group_scale, block, row, N_PADDED, PLANES, MODE)
         for plane in tl.static_range(PLANES):
             x_plane = load_tokens(x, token, k + 128 * plane, M, K, stride_xm, EVEN_K)
             if MODE == BYTE:
@@ -281,10 +280,6 @@ def w4a8_kernel(
                 plane_sum = tl.dot(operand, x_plane, out_dtype=tl.int32) >> (8 - WIDTH)
                 plane_scale = (words[plane // 4] << (24 - plane % 4 * 8)) >> 24
                 acc += plane_sum * plane_scale[:, None]
-            elif HAS_WORDS:
-                plane_scale = (words[0] << (24 - plane * 8)) >> 24
-                operand = unpack(bytes_0, plane_scale[:, None], plane == 1, MODE, ASM)
-                acc = tl.dot(operand, x_plane, acc, out_dtype=tl.int32)
             else:
                 first_k = block * 256 + 128 * plane + step % PARTS * COLUMNS
                 value = load_group_scale(group_scale, first_k, row, column, N_PADDED, GROUP_SIZE, MODE)
@@ -344,9 +339,8 @@ def launch(
     """
     num_tokens, in_features = x_codes.shape
     out_features = out.shape[1]
-    if group_words is not None:
-        mode = "sums" if width < 4 or tile.tokens <= MAX_SUM_TOKENS else mode
-        group_scale = group_words
+    if group_words is not None and (width < 4 or tile.tokens <= MAX_SUM_TOKENS):
+        mode, group_scale = "sums", group_words
     stored = BLOCKS[width]
     num_blocks = packed.shape[1] // stored.chunks
     row_tiles, token_tiles = triton.cdiv(out_features, tile.rows), triton.cdiv(num_tokens, tile.tokens)
@@ -388,9 +382,8 @@ def launch(
         ASM=not interpret,
         OVERLAP=OVERLAPS[tile.overlap],
         COLUMNS=tile.columns,
-        HAS_WORDS=group_words is not None,
         # pipelines words too, which feed no product
-        STAGES=None if group_words is None else tile.num_stages,
+        STAGES=tile.num_stages if mode == "sums" else None,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
         launch_pdl=tile.overlap != "none",

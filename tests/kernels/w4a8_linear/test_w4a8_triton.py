@@ -90,10 +90,10 @@ def test_machine_code(capability, mode, width, group_size, num_tokens):
     assert binary.count("PRMT") <= (136 if mode == "half" else 40)
 
 
-@pytest.mark.parametrize(("mode", "width"), [("sums", 4), ("sums", 2), ("integer", 4)])
-def test_group_scales_are_copied_ahead(mode, width):
-    tile = choose_tile(16 if mode == "sums" else 64, 4096, 16, 132, True, width, "planes")
-    with_scales = compile_tile(90, mode, tile, width).opcodes()
+@pytest.mark.parametrize(("num_tokens", "width"), [(16, 4), (64, 4), (16, 2), (1, 3)])
+def test_group_scales_are_copied_ahead(num_tokens, width):
+    tile = choose_tile(num_tokens, 4096, 16, 132, True, width, "planes")
+    with_scales = compile_tile(90, "sums", tile, width).opcodes()
     without = compile_tile(90, "channel", tile, width).opcodes()
 
     def count(opcodes, start):
@@ -114,14 +114,13 @@ def test_zero_points_do_not_spill(capability, mode, width):
 
 def compile_tile(capability, mode, tile, width=4, group_size=128, has_zero_point=False):
     """Compile the kernel for a tile, with a bias."""
-    has_words = mode == "sums" or (mode == "integer" and group_size % 128 == 0)
     signature = {
         "x": "*i8",
         "x_scale": "*fp32",
         "x_zero_point": "*i8",
         "packed": "*i8",
         "scale": "*fp32",
-        "group_scale": "*i32" if has_words else GROUP_SCALE_TYPE.get(mode, "*fp32"),
+        "group_scale": GROUP_SCALE_TYPE.get(mode, "*fp32"),
         "weight_sum": "*i32",
         "bias": "*fp16",
         "out": "*fp16",
@@ -143,8 +142,7 @@ def compile_tile(capability, mode, tile, width=4, group_size=128, has_zero_point
         "ASM": True,
         "OVERLAP": OVERLAPS[tile.overlap].value,
         "COLUMNS": tile.columns,
-        "HAS_WORDS": has_words,
-        "STAGES": tile.num_stages if has_words else None,
+        "STAGES": tile.num_stages if mode == "sums" else None,
     }
     return compile_kernel(
         w4a8_kernel,
