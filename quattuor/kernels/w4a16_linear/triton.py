@@ -58,15 +58,7 @@ def choose_tile(
     tiles = -(-out_features // rows) * -(-num_tokens // tokens)
     # a part shorter than 2 blocks costs more in partial sums than it gains in occupancy
     split = max(1, min(num_processors * per_processor // tiles, num_blocks // 2))
-    # with few planes the registers are there for what the sums over groups cost
-    return Tile(
-        rows=rows,
-        tokens=tokens,
-        split=split,
-        num_warps=num_warps,
-        num_stages=num_stages,
-        raw=tokens == 8 and layout.planes <= 4,
-    )
+    return Tile(rows=rows, tokens=tokens, split=split, num_warps=num_warps, num_stages=num_stages)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -123,7 +115,8 @@ class Triton(Implementation):
         bias: Tensor | None,
         out_dtype: torch.dtype,
     ) -> Tensor:
-        from quattuor.kernels.w4a16_linear.triton_kernel import launch, launch_decode
+        from quattuor.kernels.w4a16_linear.decode_kernel import launch_decode
+        from quattuor.kernels.w4a16_linear.triton_kernel import launch
 
         (x,) = inputs
         num_tokens = x.shape[0]

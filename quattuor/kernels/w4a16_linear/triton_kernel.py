@@ -1,13 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The Triton kernels of the operation, for compute capability 8.0 and later, and their launches.
+"""The Triton kernel of the operation, for compute capability 8.0 and later, and its launch.
 
 The operands are swapped, as in w4a8_linear: a program computes y[tokens, rows] transposed. Words of the packed
 weight go from shared memory to registers as the tensor cores want them; a mask and a multiply-add make a plane of
 them the operand. The tensor cores multiply codes less integer zero points, which are exact; the scale of a group
 meets the float32 sum over the group, and so does a zero point that is no integer.
 
-For few tokens unpacking is what takes time, and the tensor cores have it to spare: RAW leaves out the multiply-add
-and has them sum the activations too, times which the zero point is subtracted from the sum over the group.
+For few tokens unpacking is what takes time, and the tensor cores have it to spare: a raw tile leaves out the
+multiply-add and has them sum the activations too, times which the zero point is subtracted from the sum over the
+group; and it fetches scales and zero points farther ahead. No rule chooses such a tile before one was measured.
 """
 
 import torch
@@ -16,157 +17,27 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from quattuor.kernels.w4a16_linear.planes import TILE_ROWS, Layout, Tile
-from quattuor.kernels.w4a16_linear.unpacking import (
-    arity,
-    assembly,
-    constraints,
-    position,
-    raw_assembly,
-    word_of,
+from quattuor.kernels.w4a16_linear.decode_kernel import (
+    INTEGER,
+    MIDDLE,
+    OFFSET,
+    as_float,
+    constants,
+    decode,
+    decode_raw,
+    load_groups,
+    load_words,
 )
+from quattuor.kernels.w4a16_linear.planes import TILE_ROWS, Layout, Tile
+from quattuor.kernels.w4a16_linear.unpacking import position
 
-__all__ = ["decode_kernel", "launch", "launch_decode", "w4a16_kernel"]
-
-# What is subtracted from a code.
-MIDDLE = tl.constexpr(0)  # the middle of the range: signed codes
-INTEGER = tl.constexpr(1)  # the integer zero point of its group, in a byte
-OFFSET = tl.constexpr(2)  # the middle; the float32 rest of the zero point is applied to the sum over the group
+__all__ = ["launch", "w4a16_kernel"]
 
 # When the next kernel may start its programs.
 NONE = tl.constexpr(0)
 EARLY = tl.constexpr(1)
 LATE = tl.constexpr(2)
 OVERLAPS = {"none": NONE, "early": EARLY, "late": LATE}
-
-
-@triton.jit
-def addend(zero, dtype: tl.constexpr, BITS: tl.constexpr, PLANE: tl.constexpr):
-    """The number that `assembly` adds, twice in an int32: -(1024 * 2^-p + zero), -(128 + zero) or -zero."""
-    if dtype == tl.float16:
-        low: tl.constexpr = position(BITS, PLANE, True)
-        value = zero * (0x00010001 << low) + ((0xE400 - (low << 10)) * 0x00010001 - 0x100000000)
-    elif BITS < 8:
-        value = zero * 0x00010001 + (0xC300C300 - 0x100000000)
-    else:
-        bits = (-zero.to(tl.float32)).to(tl.bfloat16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-        value = bits | (bits << 16)
-    return value
-
-
-@triton.jit
-def field(word, other, third, BITS: tl.constexpr, PLANE: tl.constexpr):
-    """The codes of one plane as int32, for dtypes and interpreters without assembly."""
-    if BITS == 3 and PLANE == 15:
-        first = (word.to(tl.int32) >> 15) & 1
-        second = (other.to(tl.int32) >> 15) & 1
-        code = first | (second << 1) | (((third.to(tl.int32) >> 15) & 1) << 2)
-    else:
-        place: tl.constexpr = (PLANE % 5 if BITS == 3 else PLANE) * BITS
-        code = (word.to(tl.int32) >> place) & ((1 << BITS) - 1)
-    return code
-
-
-@triton.jit
-def decode(
-    words,
-    zero,
-    dtype: tl.constexpr,
-    BITS: tl.constexpr,
-    PLANE: tl.constexpr,
-    ZERO: tl.constexpr,
-    ASM: tl.constexpr,
-):
-    """The codes of one plane less `zero` [rows] or the middle of the range; exact in every dtype."""
-    index: tl.constexpr = word_of(BITS, PLANE)
-    word = words[index % 3 if BITS == 3 else 0]
-    if ASM and dtype != tl.float32:
-        is_half: tl.constexpr = dtype == tl.float16
-        text: tl.constexpr = assembly(BITS, PLANE, is_half, ZERO == INTEGER)
-        registers: tl.constexpr = constraints(BITS, PLANE, ZERO == INTEGER)
-        if ZERO == INTEGER:
-            rest = addend(zero.to(tl.int32), dtype, BITS, PLANE)[:, None]
-            operands = [words[0], words[1], words[2], rest] if arity(BITS, PLANE) == 3 else [word, rest]
-        elif arity(BITS, PLANE) == 3:
-            operands = [words[0], words[1], words[2]]
-        else:
-            operands = [word]
-        if is_half:
-            value = tl.inline_asm_elementwise(text, registers, operands, dtype=tl.float16, is_pure=True, pack=2)
-        else:
-            value = tl.inline_asm_elementwise(text, registers, operands, dtype=tl.bfloat16, is_pure=True, pack=2)
-    else:
-        code = field(word, words[1], words[2], BITS, PLANE)
-        if ZERO == INTEGER:
-            value = (code - zero.to(tl.int32)[:, None]).to(dtype)
-        else:
-            value = (code - (1 << (BITS - 1))).to(dtype)
-    return value
-
-
-@triton.jit
-def decode_raw(words, dtype: tl.constexpr, BITS: tl.constexpr, PLANE: tl.constexpr, ASM: tl.constexpr):
-    """The codes of one plane times 2^(position - 24) in float16, and plus 128 in bfloat16."""
-    is_half: tl.constexpr = dtype == tl.float16
-    if ASM:
-        index: tl.constexpr = word_of(BITS, PLANE)
-        text: tl.constexpr = raw_assembly(BITS, PLANE, is_half)
-        registers: tl.constexpr = constraints(BITS, PLANE, False)
-        if arity(BITS, PLANE) == 3:
-            operands = [words[0], words[1], words[2]]
-        else:
-            operands = [words[index % 3 if BITS == 3 else 0]]
-        if is_half:
-            value = tl.inline_asm_elementwise(text, registers, operands, dtype=tl.float16, is_pure=True, pack=2)
-        else:
-            value = tl.inline_asm_elementwise(text, registers, operands, dtype=tl.bfloat16, is_pure=True, pack=2)
-    else:
-        place: tl.constexpr = word_of(BITS, PLANE) % 3 if BITS == 3 else 0
-        code = field(words[place], words[1], words[2], BITS, PLANE)
-        if is_half:
-            value = (code << position(BITS, PLANE, True)).to(tl.int16).to(tl.float16, bitcast=True)
-        else:
-            value = (code + 128).to(tl.bfloat16)
-    return value
-
-
-@triton.jit
-def load_words(weight, block, WORDS: tl.constexpr, PLANE_K: tl.constexpr):
-    """The one or three words of each element of a block's planes, as a tuple of three."""
-    size: tl.constexpr = 128 * PLANE_K
-    first = tl.load(weight + block * (WORDS * size))
-    second = first
-    third = first
-    if WORDS == 3:
-        second = tl.load(weight + block * (WORDS * size) + size)
-        third = tl.load(weight + block * (WORDS * size) + 2 * size)
-    return first, second, third
-
-
-@triton.jit
-def load_groups(values, block, N_PADDED, PIECES: tl.constexpr, BLOCK_K: tl.constexpr, GROUP_SIZE: tl.constexpr):
-    """The value of each row for each piece of a block, as int32 where it is shorter.
-
-    Short values that a loop carries would be put together in pairs, and waited for, at once.
-    """
-    found = ()
-    for piece in tl.static_range(PIECES):
-        group = (block * BLOCK_K + piece * (BLOCK_K // PIECES)) // GROUP_SIZE
-        value = tl.load(values + group * N_PADDED)
-        if value.dtype == tl.float16:
-            value = value.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
-        elif value.dtype == tl.uint8:
-            value = value.to(tl.int32)
-        found = found + (value,)  # noqa: RUF005 (Triton knows no unpacking)
-    return found
-
-
-@triton.jit
-def as_float(value, dtype: tl.constexpr):
-    """The float32 of what `load_groups` found in memory of this dtype."""
-    if dtype == tl.float16:
-        value = value.to(tl.int16).to(tl.float16, bitcast=True)
-    return value.to(tl.float32)
 
 
 @triton.jit
@@ -268,12 +139,12 @@ def w4a16_kernel(
     scales = ()
     zeros = ()
     if CARRIES and IS_GROUPED:
-        scales = load_groups(row_scale, first, N_PADDED, PIECES, BLOCK_K, GROUP)
-    if CARRIES and HAS_ZERO:
-        zeros = load_groups(row_zero, first, N_PADDED, PIECES, BLOCK_K, GROUP)
+        scales = load_groups(row_scale, first, N_PADDED, PIECES, BLOCK_K, GROUP, RAW)
+    if RAW and HAS_ZERO:
+        zeros = load_groups(row_zero, first, N_PADDED, PIECES, BLOCK_K, GROUP, RAW)
     for block in range(first, last):
         words = load_words(weight, block, WORDS, PLANE_K)
-        if ASM and IS_GROUPED:
+        if RAW and ASM and IS_GROUPED:
             # from memory to L2 well ahead; a block ahead, below, to registers
             for piece in tl.static_range(PIECES):
                 far = (tl.minimum(block + 4, last - 1) * BLOCK_K + piece * (BLOCK_K // PIECES)) // GROUP
@@ -283,14 +154,14 @@ def w4a16_kernel(
         following = tl.minimum(block + 1, last - 1)
         now_scales = scales
         now_zeros = zeros
-        if CARRIES and IS_GROUPED:
-            scales = load_groups(row_scale, following, N_PADDED, PIECES, BLOCK_K, GROUP)
-        elif IS_GROUPED:
-            now_scales = load_groups(row_scale, block, N_PADDED, PIECES, BLOCK_K, GROUP)
-        if CARRIES and HAS_ZERO:
-            zeros = load_groups(row_zero, following, N_PADDED, PIECES, BLOCK_K, GROUP)
+        if RAW and HAS_ZERO:
+            zeros = load_groups(row_zero, following, N_PADDED, PIECES, BLOCK_K, GROUP, RAW)
         elif HAS_ZERO:
-            now_zeros = load_groups(row_zero, block, N_PADDED, PIECES, BLOCK_K, GROUP)
+            now_zeros = load_groups(row_zero, block, N_PADDED, PIECES, BLOCK_K, GROUP, RAW)
+        if CARRIES and IS_GROUPED:
+            scales = load_groups(row_scale, following, N_PADDED, PIECES, BLOCK_K, GROUP, RAW)
+        elif IS_GROUPED:
+            now_scales = load_groups(row_scale, block, N_PADDED, PIECES, BLOCK_K, GROUP, RAW)
         for piece in tl.static_range(PIECES):
             # never the sum of all blocks: the compiler would wait for each of its warpgroup products
             product = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
@@ -350,71 +221,6 @@ def w4a16_kernel(
         tl.store(where, acc.to(out.dtype.element_ty), mask=mask)
 
 
-@triton.jit
-def decode_kernel(
-    packed,
-    scale,
-    zero_point,
-    out,
-    N,
-    K,
-    N_PADDED,
-    NUM_BLOCKS,
-    ROWS: tl.constexpr,
-    BITS: tl.constexpr,
-    PLANES: tl.constexpr,
-    WORDS: tl.constexpr,
-    PLANE_K: tl.constexpr,
-    PIECES: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    ZERO: tl.constexpr,
-    ASM: tl.constexpr,
-):
-    """Write ROWS rows of one block of the weight, in float32 and rounded once to the dtype of `out`."""
-    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    block = tl.program_id(1)
-    column = tl.arange(0, PLANE_K)
-    BLOCK_K: tl.constexpr = PLANES * PLANE_K
-    GROUP: tl.constexpr = GROUP_SIZE if GROUP_SIZE > 0 else 1 << 30
-    RUN: tl.constexpr = PLANES // PIECES
-    row_start = packed + (row // 128).to(tl.int64) * NUM_BLOCKS * (WORDS * 128 * PLANE_K) + row % 128 * PLANE_K
-    words = load_words(row_start[:, None] + column[None, :], block, WORDS, PLANE_K)
-    scales = load_groups(scale + row, block, N_PADDED, PIECES, BLOCK_K, GROUP)
-    zeros = scales
-    if ZERO != MIDDLE:
-        zeros = load_groups(zero_point + row, block, N_PADDED, PIECES, BLOCK_K, GROUP)
-    for piece in tl.static_range(PIECES):
-        for run in tl.static_range(RUN):
-            k = block * BLOCK_K + (piece * RUN + run) * PLANE_K + column
-            code = decode(words, zeros[piece], out.dtype.element_ty, BITS, piece * RUN + run, ZERO, ASM)
-            value = code.to(tl.float32)
-            if ZERO == OFFSET:
-                value -= zeros[piece][:, None]
-            value *= as_float(scales[piece], scale.dtype.element_ty)[:, None]
-            where = out + row[:, None].to(tl.int64) * K + k[None, :]
-            mask = (row[:, None] < N) & (k[None, :] < K)
-            tl.store(where, value.to(out.dtype.element_ty), mask=mask)
-
-
-def constants(
-    layout: Layout, group_size: int | None, zero_point: Tensor | None, interpret: bool
-) -> dict[str, object]:
-    """Return what both kernels are compiled for."""
-    zero = MIDDLE
-    if zero_point is not None:
-        zero = INTEGER if zero_point.dtype == torch.uint8 else OFFSET
-    return {
-        "BITS": layout.bits,
-        "PLANES": layout.planes,
-        "WORDS": layout.words,
-        "PLANE_K": layout.plane_k,
-        "PIECES": layout.pieces(group_size),
-        "GROUP_SIZE": group_size or 0,
-        "ZERO": zero,
-        "ASM": not interpret,
-    }
-
-
 def launch(
     x: Tensor,
     packed: Tensor,
@@ -472,32 +278,4 @@ def launch(
         num_stages=tile.num_stages,
         launch_pdl=tile.overlap != "none",
         **({} if tile.max_registers is None else {"maxnreg": tile.max_registers}),
-    )
-
-
-def launch_decode(
-    packed: Tensor,
-    scale: Tensor,
-    zero_point: Tensor | None,
-    out: Tensor,
-    *,
-    layout: Layout,
-    group_size: int | None,
-    interpret: bool = False,
-) -> None:
-    """Fill `out` [N, K] with the weight; arguments as for `launch`."""
-    out_features, in_features = out.shape
-    rows = 64
-    decode_kernel[(triton.cdiv(out_features, rows), packed.shape[1])](
-        packed,
-        scale,
-        scale if zero_point is None else zero_point,
-        out,
-        out_features,
-        in_features,
-        packed.shape[0] * TILE_ROWS,
-        packed.shape[1],
-        ROWS=rows,
-        **constants(layout, group_size, zero_point, interpret),
-        num_warps=4,
     )

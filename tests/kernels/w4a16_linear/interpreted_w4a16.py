@@ -12,8 +12,9 @@ import torch
 
 from quattuor.kernels import w4a16_linear
 from quattuor.kernels.dispatch import LinearProblem
+from quattuor.kernels.w4a16_linear.decode_kernel import launch_decode
 from quattuor.kernels.w4a16_linear.planes import Tile, layout_of, prepare_tensors
-from quattuor.kernels.w4a16_linear.triton_kernel import launch, launch_decode
+from quattuor.kernels.w4a16_linear.triton_kernel import launch
 
 #: Every width and group size, with no zero points (signed codes), integer and real ones in turn.
 WEIGHTS = [

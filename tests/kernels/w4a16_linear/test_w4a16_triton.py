@@ -16,9 +16,10 @@ from ahead_of_time import compile_kernel
 from quattuor.errors import UnsupportedError
 from quattuor.kernels import w4a16_linear
 from quattuor.kernels.dispatch import LinearProblem, describe_device
+from quattuor.kernels.w4a16_linear.decode_kernel import decode_kernel
 from quattuor.kernels.w4a16_linear.planes import layout_of
 from quattuor.kernels.w4a16_linear.triton import DECODED_FROM, choose_tile
-from quattuor.kernels.w4a16_linear.triton_kernel import decode_kernel, w4a16_kernel
+from quattuor.kernels.w4a16_linear.triton_kernel import w4a16_kernel
 
 SHARED_BYTES = {80: 99 * 1024, 90: 227 * 1024}
 
