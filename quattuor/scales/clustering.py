@@ -103,7 +103,7 @@ def lloyd_bounds(rows: SortedRows, centroids: Float[Tensor, "R C"], num_rounds: 
     """
     num_rows, num_points = rows.points.shape
     ends = torch.tensor([0, num_points], device=centroids.device).expand(num_rows, 2)
-    bounds = torch.zeros(0, dtype=torch.int64)
+    bounds = torch.zeros(0, dtype=torch.int64, device=centroids.device)
     for _ in range(num_rounds):
         limits_RC = ((centroids[:, 1:] + centroids[:, :-1]) / 2).contiguous()
         inner = torch.searchsorted(rows.points, limits_RC)
