@@ -277,7 +277,8 @@ def consume(
                 token_scale1 = load_token_scale(x_scale, first_token + SPAN, num_tokens, SPAN, one_each)
         acc0 = gl.zeros((64, SPAN), gl.int32, mma)
         acc1 = gl.zeros((64, SPAN), gl.int32, mma)
-        for _ in range((last - first) // UNROLL):
+        rest = (last - first) % UNROLL
+        for _ in range(first, last - rest, UNROLL):
             acc0, acc1 = multiply_stages(
                 acc0,
                 acc1,
@@ -296,7 +297,7 @@ def consume(
                 layout,
             )
             step += UNROLL
-        for _ in range((last - first) % UNROLL):
+        for _ in range(rest):
             acc0, acc1 = multiply_stages(
                 acc0,
                 acc1,

@@ -20,6 +20,8 @@ FILE = Path(__file__).with_name("measured.json")
 #: Compute capability, N, K, mode and bits of a stored code.
 Key = tuple[tuple[int, int], int, int, str, int]
 TILES = {"triton": Tile, "gluon": HopperTile}
+#: The choice for this many tokens holds for every larger number too; a layer without one follows the rules there.
+LARGEST = 8192
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,4 +56,4 @@ def find(problem: LinearProblem, num_tokens: int | None) -> Choice | None:
     for max_tokens, choice in choices:
         if num_tokens is not None and num_tokens <= max_tokens:
             return choice
-    return choices[-1][1] if choices else None
+    return choices[-1][1] if choices and choices[-1][0] >= LARGEST else None

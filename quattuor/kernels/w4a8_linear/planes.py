@@ -66,7 +66,7 @@ class HopperTile:
     `registers` is what a thread of the second consumer may use, `max_registers` the cap at launch, None for what
     the compiler takes; the first consumer gets what the others leave. `per_processor` programs share each
     multiprocessor. `spans` cuts the tokens in parts of 128 at most. `cut` says what becomes of the tiles that fill
-    no wave of programs (`hopper.CUTS`).
+    no wave of programs (`hopper.CUTS`). `unroll` K blocks are multiplied before a consumer waits for them.
     """
 
     blocks: int
