@@ -297,10 +297,15 @@ def main(arguments: list[str] | None = None) -> None:
     for shape, mode in itertools.product(shapes, modes):
         for max_tokens, (name, us, tile) in choose(time_shape(shape, mode, deadline, counts, options.top)).items():
             place = {"n": shape[0], "k": shape[1], "mode": mode, "max_tokens": max_tokens}
-            rows = [row for row in rows if any(row[key] != value for key, value in place.items())]
+            rows = others(rows, place)
             rows.append(place | {"implementation": name, "latency_us": round(us, 2), "tile": asdict(tile)})
         torch.cuda.empty_cache()
         write(rows, options.json)
+
+
+def others(rows: list[dict], place: dict) -> list[dict]:
+    """Return the choices for other places, and those of other widths than 4 bits."""
+    return [row for row in rows if row.get("bits", 4) != 4 or any(row[key] != place[key] for key in place)]
 
 
 def write(rows: list[dict], file: Path) -> None:
@@ -309,7 +314,9 @@ def write(rows: list[dict], file: Path) -> None:
     content = {
         "measured_on": properties.name,
         "compute_capability": [properties.major, properties.minor],
-        "choices": sorted(rows, key=lambda row: (row["n"], row["k"], row["mode"], row["max_tokens"])),
+        "choices": sorted(
+            rows, key=lambda row: (row["n"], row["k"], row["mode"], row.get("bits", 4), row["max_tokens"])
+        ),
     }
     file.write_text(json.dumps(content, indent=1) + "\n")
 

@@ -5,7 +5,7 @@ import itertools
 
 import pytest
 
-from benchmarks.kernels.tune import GROUPS, TIMED, candidates, choose, compile_jobs
+from benchmarks.kernels.tune import GROUPS, TIMED, candidates, choose, compile_jobs, others
 from benchmarks.shapes import LINEAR_SHAPES
 from quattuor.kernels.dispatch import LinearProblem
 from quattuor.kernels.w4a8_linear import measured
@@ -39,6 +39,12 @@ def test_every_kernel_is_compiled_once():
     jobs = compile_jobs(list(LINEAR_SHAPES.values()), list(GROUPS), list(TIMED))
     assert len(jobs) == len(set(jobs))
     assert len(jobs) < 150
+
+
+def test_a_new_choice_replaces_that_of_its_place_alone():
+    place = {"n": 64, "k": 256, "mode": "channel", "max_tokens": 8}
+    rows = [place, place | {"bits": 2}, place | {"mode": "integer"}, place | {"max_tokens": 16}]
+    assert others(rows, place) == rows[1:]
 
 
 def test_one_implementation_is_chosen_for_a_range_of_token_counts():
