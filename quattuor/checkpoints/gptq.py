@@ -123,10 +123,10 @@ class GPTQLayout(ForeignLayout):
         size = int(settings.get("group_size", -1))
         size = in_features if size == -1 else size
         groups = -(-in_features // size)
-        self._check_order(name, store, in_features, size)
         shape = (groups, out_features // codes_per_word(bits))
         zeros = unpack_words(require(store, f"{name}.qzeros", (torch.int32,), shape), bits)
         scales = require(store, f"{name}.scales", (torch.float16, torch.float32), (groups, out_features))
+        self._check_order(name, store, in_features, size)  # last: a wrong group size also looks like another order
         zero_point = zeros + (1 if form == "gptq" else 0)
         return quantized_tensor(codes, scales.T, zero_point.T, bits, None if size == in_features else size), None
 

@@ -190,6 +190,24 @@ def test_transformers_alone_reads_compressed_tensors(
     assert float((logits - theirs).norm() / logits.norm()) < tolerance
 
 
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_the_loader_of_transformers_reads_gptq(
+    symmetric: bool, tmp_path: Path, generator: torch.Generator
+) -> None:
+    pytest.importorskip("optimum", reason="transformers loads GPTQ through it: pip install optimum gptqmodel")
+    pytest.importorskip("gptqmodel", reason="transformers loads GPTQ through it: pip install optimum gptqmodel")
+    write_native(packed_model(generator, symmetric=symmetric), tmp_path / "native", recipe=Recipe())
+    export(tmp_path / "native", "gptq", tmp_path / "out")
+    command = [sys.executable, "-c", WITHOUT_QUATTUOR, str(tmp_path / "out"), str(tmp_path / "logits.pt")]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    theirs = torch.load(tmp_path / "logits.pt")
+    ours = AutoModelForCausalLM.from_pretrained(tmp_path / "native", dtype=torch.float32)
+    with torch.no_grad():
+        logits = ours(torch.arange(24).view(2, 12)).logits
+    assert float((logits - theirs).norm() / logits.norm()) < 1e-2  # its kernels multiply in float16
+
+
 def two_level(model: PackedModel, group: Callable[[torch.Size], Tensor]) -> PackedModel:
     linears = {}
     for name, tensor in model.linears.items():
@@ -287,6 +305,19 @@ def test_another_architecture_is_refused(tmp_path: Path, generator: torch.Genera
     (folder / "config.json").write_text(json.dumps({**config, "intermediate_size": 512}))
     with pytest.raises(CheckpointError, match=r"model.layers.0.mlp.\w+_proj=\(\d+, \d+\) is not the"):
         convert(folder, tmp_path / "back")
+
+
+@pytest.mark.parametrize(("target", "leaf"), [("gptq", "qzeros"), ("compressed-tensors", "weight_scale")])
+def test_another_group_size_is_refused_with_the_tensors_name(
+    target: str, leaf: str, tmp_path: Path, generator: torch.Generator
+) -> None:
+    folder = exported(tmp_path, target, generator)
+    text = (folder / "config.json").read_text()
+    assert text.count('"group_size": 32') == 1
+    (folder / "config.json").write_text(text.replace('"group_size": 32', '"group_size": 64'))
+    with pytest.raises(CheckpointError, match=rf"model.layers.0.\S+_proj.{leaf}=.* is not"):
+        convert(folder, tmp_path / "back")
+    assert not (tmp_path / "back").exists()
 
 
 def test_columns_in_another_order_are_refused(tmp_path: Path, generator: torch.Generator) -> None:

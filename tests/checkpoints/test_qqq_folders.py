@@ -217,6 +217,15 @@ def test_a_missing_norm_and_a_foreign_shape_are_named(tmp_path: Path) -> None:
         read_qqq(folder)
 
 
+@pytest.mark.parametrize("key", ["intermediate_size", "num_key_value_heads"])
+def test_another_architecture_is_refused_with_the_tensors_name(key: str, tmp_path: Path) -> None:
+    folder = write_qqq(group_model(), tmp_path / "qqq")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, key: 2 * config[key]}))
+    with pytest.raises(CheckpointError, match=r"model.layers.0.\S+_proj.B=\(\d+, \d+\) decodes to another shape"):
+        read_qqq(folder)
+
+
 def test_a_group_scale_that_wraps_is_refused_with_the_layers_name_both_ways(tmp_path: Path) -> None:
     model = group_model()
     name = "model.layers.1.mlp.up_proj"

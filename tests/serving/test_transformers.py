@@ -224,3 +224,30 @@ def test_the_recipe_can_be_read_from_a_loaded_model(saved: tuple[PreTrainedModel
 
     loaded = AutoModelForCausalLM.from_pretrained(saved[1])
     assert loaded.config.quantization_config.parsed_recipe() == recipe_of(DEFAULT)
+
+
+def test_another_group_size_is_refused_with_the_tensors_name(saved: tuple[PreTrainedModel, Path]) -> None:
+    config = json.loads((saved[1] / "config.json").read_text())
+    for layout in config["quantization_config"]["layouts"]:
+        assert layout["granularity"]["group_size"] == 32
+        layout["granularity"]["group_size"] = 16
+    (saved[1] / "config.json").write_text(json.dumps(config))
+    with pytest.raises(CheckpointError, match=r"model.layers.0.\S+.group_scale=torch.int8 \(\d+, 2\) is not the"):
+        AutoModelForCausalLM.from_pretrained(saved[1])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"intermediate_size": 256}, r"model.layers.0.mlp.\w+_proj.\w+=\S+ \(\d+, \d+\) is not the"),
+        ({"model_type": "phi3"}, r"model.layers.0.\S+_proj=missing is not a linear of this model"),
+        ({"num_hidden_layers": 1}, r"model.layers.1.\S+_proj=missing is not a linear of this model"),
+    ],
+)
+def test_another_architecture_is_refused_with_the_tensors_name(
+    change: dict[str, object], message: str, saved: tuple[PreTrainedModel, Path]
+) -> None:
+    config = json.loads((saved[1] / "config.json").read_text())
+    (saved[1] / "config.json").write_text(json.dumps({**config, **change}))
+    with pytest.raises(CheckpointError, match=message):
+        AutoModelForCausalLM.from_pretrained(saved[1])
