@@ -97,9 +97,38 @@ def test_stop_words(client: Any) -> None:
     assert len(stopped) < len(whole)
 
 
+def test_stop_words_in_a_chat_that_streams(client: Any) -> None:
+    messages = [{"role": "user", "content": "hello"}]
+    options = {**GREEDY, "max_tokens": 24}
+    whole = client.chat.completions.create(messages=messages, **options).choices[0].message.content
+    stop = next(letter for letter in whole[1:] if letter.isascii() and letter.isalpha())
+    pieces = client.chat.completions.create(messages=messages, stream=True, stop=[stop], **options)
+    text = "".join(piece.choices[0].delta.content or "" for piece in pieces if piece.choices)
+    assert text == whole[: whole.index(stop) + 1]
+
+
 def test_a_wrong_model_name(client: Any) -> None:
     with pytest.raises(openai.NotFoundError, match="the model 'other' does not exist; this server has 'tiny'"):
         complete(client, model="other")
+
+
+def test_a_wrong_model_name_in_a_chat_that_streams(client: Any) -> None:
+    options = {**GREEDY, "model": "other", "stream": True}
+    with pytest.raises(openai.NotFoundError) as caught:
+        client.chat.completions.create(messages=[{"role": "user", "content": "hello"}], **options)
+    assert caught.value.code == "model_not_found"
+
+
+def test_a_chat_that_is_too_long(client: Any) -> None:
+    with pytest.raises(openai.BadRequestError, match=r"context is \d+ tokens; the prompt has \d{4}") as caught:
+        client.chat.completions.create(messages=[{"role": "user", "content": "x" * 4000}], **GREEDY)
+    assert caught.value.code == "context_length_exceeded"
+
+
+def test_a_prompt_that_fits_exactly_and_one_token_more(client: Any) -> None:
+    assert complete(client, prompt="x" * 255, max_tokens=1).usage.completion_tokens == 1
+    with pytest.raises(openai.BadRequestError, match="no room for 2 tokens"):
+        complete(client, prompt="x" * 255, max_tokens=2)
 
 
 def test_a_prompt_that_is_too_long(client: Any) -> None:
@@ -116,9 +145,10 @@ def test_a_body_that_is_not_json(client: Any) -> None:
 
 
 def test_a_client_that_disconnects(client: Any) -> None:
-    stream = complete(client, stream=True, max_tokens=64)
-    next(iter(stream))
-    stream.close()
+    for _ in range(3):
+        stream = complete(client, stream=True, max_tokens=64)
+        next(iter(stream))
+        stream.close()
     started = time.monotonic()
     assert complete(client).usage.completion_tokens >= 1
     assert time.monotonic() - started < 30
