@@ -1,7 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Codebooks with single entries and binary planes, prepared for timing."""
+"""Codebooks with single entries and binary planes, prepared for timing.
+
+    python -m benchmarks.kernels.weight_only_tables
+
+compiles their kernels in parallel, so that a run within a time limit finds them in the cache.
+"""
 
 import dataclasses
+import multiprocessing
 from collections.abc import Iterator, Sequence
 from typing import Literal
 
@@ -15,7 +21,7 @@ from quattuor.kernels.dispatch import Operand, describe_device
 from quattuor.kernels.lut_linear import LutProblem
 from quattuor.kernels.lut_linear.reference import decoded_weight
 
-__all__ = ["FORMATS", "SPARSE_SHARE", "Table", "layers_of", "problem_of", "tables"]
+__all__ = ["FORMATS", "SPARSE_SHARE", "Table", "compile_all", "layers_of", "problem_of", "tables"]
 
 #: Weights that SqueezeLLM keeps as single entries.
 SPARSE_SHARE = 0.0045
@@ -78,7 +84,7 @@ def single_entries(shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
     return row_offsets, columns, torch.randn(columns.shape, device="cuda").half()
 
 
-def layers_of(shape: tuple[int, int], kind: Table) -> tuple[Tensor, list[Operand]]:
+def layers_of(shape: tuple[int, int], kind: Table, num_layers: int | None = None) -> tuple[Tensor, list[Operand]]:
     """Return the weight of a random layer as float32, and enough packed layers, it first, to stay cold."""
     problem = problem_of(shape, kind)
     plan = lut_linear.plan(problem)
@@ -94,7 +100,7 @@ def layers_of(shape: tuple[int, int], kind: Table) -> tuple[Tensor, list[Operand
         decoded[rows, columns.long()] += values.float()
     first = plan.prepare(codes, table, offset, entries)
     layers = [first]
-    for _ in range(num_copies(first.nbytes) - 1):
+    for _ in range((num_layers or num_copies(first.nbytes)) - 1):
         # tables and counters of their own, so that they are as cold as the weight
         fresh = {name: tensor.clone() for name, tensor in first.tensors().items()}
         packed = next(name for name in fresh if name.endswith(".packed"))
@@ -127,3 +133,24 @@ def tables(shape: tuple[int, int], kinds: Sequence[Table] = FORMATS) -> Iterator
             group_size=kind.group_size,
             weight_bytes=kind.weight_bytes(*shape),
         )
+
+
+def compile_one(job: tuple[Table, int]) -> None:
+    """Run one format once at a token count, on a small layer."""
+    kind, num_tokens = job
+    shape = (1024, 4096)
+    plan = lut_linear.plan(problem_of(shape, kind))
+    _, layers = layers_of(shape, kind, num_layers=1)
+    plan.linear(torch.randn(num_tokens, shape[1], device="cuda").half(), layers[0])
+    torch.cuda.synchronize()
+
+
+def compile_all(num_workers: int = 14) -> None:
+    """Compile every kernel of the record; they serve every layer whose sizes are multiples of 1024."""
+    jobs = [(kind, num_tokens) for kind in FORMATS for num_tokens in (1, 16, 64)]
+    with multiprocessing.get_context("spawn").Pool(num_workers) as pool:
+        pool.map(compile_one, jobs, chunksize=1)
+
+
+if __name__ == "__main__":
+    compile_all()

@@ -8,9 +8,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from quattuor.kernels.lut_linear.layout import block_k, num_tiles, piece_of
+from quattuor.kernels.lut_linear.layout import ONE_GROUP, block_k, num_tiles, piece_of
 from quattuor.kernels.lut_linear.problem import LutProblem
-from quattuor.kernels.lut_linear.triton_kernel import load_table
+from quattuor.kernels.lut_linear.products import load_table
 from quattuor.kernels.lut_linear.unpacking import look_up
 
 __all__ = ["add_entries_kernel", "decode_kernel", "decode_rows", "linear_rows"]
@@ -121,7 +121,7 @@ def decode_rows(
         BLOCK_K=block,
         TILES=tiles,
         PIECE=piece,
-        GROUP_SIZE=problem.group_size or num_blocks * block,
+        GROUP_SIZE=problem.group_size or ONE_GROUP,
         BITS=problem.weight_bits,
         PLANES=is_planes,
         HAS_OFFSET="offset" in operand,

@@ -24,6 +24,7 @@ from quattuor.kernels.lut_linear.problem import LutProblem
 
 __all__ = [
     "MAX_LOOK_UP_BITS",
+    "ONE_GROUP",
     "SUB_BLOCK",
     "block_k",
     "num_tiles",
@@ -38,6 +39,8 @@ SUB_BLOCK = 64
 TILE_ROWS = 128
 #: Tiles of outputs and tokens that programs can share; beyond them there is enough work without splitting K.
 MAX_SPLIT_TILES = 1 << 14
+#: Group size of a kernel where a row is one group: whole rows compile to one kernel, whatever K is.
+ONE_GROUP = 1 << 30
 #: Bits of the largest codebook that registers hold.
 MAX_LOOK_UP_BITS = 4
 
@@ -143,7 +146,7 @@ def prepare_tiles(
     """Return the padded tensors of the kernels.
 
     packed       int16 tiles, see `pack_tiles`
-    table        scales [b, G', N'] of planes; int32 [G', 8, N'] bytes of entries; entries [G', N', 2^b] of more bits
+    table        scales [b, G', N'] of planes; int32 [G', 8, N'], bytes of entries; above 4 bits [G', N', 2^b]
     offset       [G', N'], where there is one
     row_offsets  int32 [N' + 1]; columns; values: the single entries, where there are any
     arrivals     int32 zeros: counters of programs that share a tile, zero again after every launch

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operation in Triton: which problems it takes, and the tile for each token count."""
 
-import functools
 import importlib.util
 from collections.abc import Mapping, Sequence
 
@@ -9,48 +8,52 @@ import torch
 from torch import Tensor
 
 from quattuor.kernels.dispatch import Implementation, TokenRange
-from quattuor.kernels.lut_linear import measured
 from quattuor.kernels.lut_linear.layout import MAX_LOOK_UP_BITS, block_k, piece_of, prepare_tiles
 from quattuor.kernels.lut_linear.problem import LutProblem
 from quattuor.kernels.w4a8_linear.planes import Tile
 from quattuor.kernels.w4a8_linear.triton import processors
 
-__all__ = ["Decoded", "Triton", "choose_tile", "tile_tokens"]
+__all__ = ["Decoded", "Triton", "choose_tile"]
 
-#: Outputs of one program.
-TILE_ROWS = 64
 #: Elements of K that one tensor-core product takes: a shorter piece of a group would not fill it.
 MIN_PIECE = 16
-#: From here on decoding the weight once costs less than unpacking it for every 64 tokens.
-MANY_TOKENS = 129
+#: Most parts that K is cut into.
+MAX_SPLIT = 8
+#: From here on the weight is decoded once.
+MANY_TOKENS = 17
 #: Of the decoded rows that exist at a time.
 SCRATCH_BYTES = 1 << 26
 #: Memory of a code by its width: codebooks of more than 4 bits take a byte.
 STORED_BITS = {bits: bits for bits in range(1, 9)}
 
 
-def tile_tokens(num_tokens: int) -> int:
-    """Return the tokens of a tile: the smallest size that takes them, 64 at most."""
-    return next(size for size in (8, 16, 32, 64) if num_tokens <= size or size == 64)
-
-
 def choose_tile(problem: LutProblem, num_tokens: int, num_processors: int) -> Tile:
-    """Return the tile for a token count: K is split while tiles are few."""
-    tokens = tile_tokens(num_tokens)
-    has_many_planes = problem.kind == "planes" and problem.weight_bits > 4
-    num_stages = 3 if tokens <= 16 and not has_many_planes else 2
-    per_processor = {8: 8, 16: 4, 32: 3, 64: 2}[tokens]
-    tiles = -(-problem.out_features // TILE_ROWS) * -(-num_tokens // tokens)
+    """Return the tile for a token count, with K cut until the programs fill the device one and a half times.
+
+    32 rows for more than 8 tokens: two warps multiply by instructions of one warp, which wait for nothing but
+    their own operands, where four would take those of a warpgroup.
+    """
+    if num_tokens <= 8:
+        rows, tokens, num_warps, per_processor = 64, 8, 4, 4
+    else:
+        rows, tokens, num_warps, per_processor = 32, 16, 2, 8
+    tiles = -(-problem.out_features // rows) * -(-num_tokens // tokens)
     num_blocks = -(-problem.in_features // block_k(problem))
-    split = max(1, min(num_processors * per_processor // tiles, num_blocks))
-    return Tile(rows=TILE_ROWS, tokens=tokens, split=split, num_warps=4, num_stages=num_stages)
+    split = -(-3 * num_processors * per_processor // (2 * tiles))
+    num_stages = 3 if problem.kind == "codebook" and problem.weight_bits == 4 else 2
+    return Tile(
+        rows=rows,
+        tokens=tokens,
+        split=max(1, min(split, MAX_SPLIT, num_blocks)),
+        num_warps=num_warps,
+        num_stages=num_stages,
+    )
 
 
-@functools.lru_cache(maxsize=4096)
-def tile_for(problem: LutProblem, num_tokens: int, device: torch.device) -> Tile:
-    """Return the measured tile of a layer, or the one that the rule gives."""
-    found = measured.find(problem, tile_tokens(num_tokens)) if num_tokens <= 64 else None
-    return choose_tile(problem, num_tokens, processors(device)[0]) if found is None else found
+def takes_bits(problem: LutProblem, dtype: torch.dtype) -> bool:
+    """Return whether planes are multiplied as bits, in half the instructions: float16 and enough registers."""
+    is_small = problem.weight_bits <= 4 and problem.group_size is None
+    return problem.kind == "planes" and dtype == torch.float16 and is_small
 
 
 def reason_against(problem: LutProblem) -> str | None:
@@ -92,7 +95,7 @@ class Tiles(Implementation):
 
 
 class Triton(Tiles):
-    """Plain Triton: codes unpacked in registers, looked up or multiplied as signs; float32 tokens meet decoded rows."""
+    """Codes unpacked in registers, looked up or multiplied as signs; float32 tokens as in `Decoded`."""
 
     name = "triton"
 
@@ -103,7 +106,7 @@ class Triton(Tiles):
 
     def declines(self, problem: LutProblem, tokens: TokenRange) -> str | None:
         if tokens.first >= MANY_TOKENS:
-            return "unpacks the weight for every 64 tokens; decoding it once costs less"
+            return "unpacks the weight for every 16 tokens; decoding it once costs less"
         return None
 
     def linear(
@@ -132,14 +135,14 @@ class Triton(Tiles):
                     operand,
                     bias,
                     out,
-                    tile=tile_for(problem, x.shape[0], x.device),
-                    is_masked=x.dtype == torch.float16 and problem.kind == "planes",
+                    tile=choose_tile(problem, x.shape[0], processors(x.device)[0]),
+                    is_masked=takes_bits(problem, x.dtype),
                 )
         return out
 
 
 class Decoded(Tiles):
-    """Decodes 64 MiB of rows at a time to the dtype of the tokens, single entries included, then one dense product."""
+    """Decodes 64 MiB of rows at a time to the tokens' dtype, single entries included; then dense products."""
 
     name = "decoded"
 

@@ -11,13 +11,18 @@ import torch
 
 pytest.importorskip("triton")
 
+from ahead_of_time import compile_kernel
 from lut_layers import make_layer
 
 from quattuor.errors import UnsupportedError
 from quattuor.kernels import lut_linear
 from quattuor.kernels.dispatch import describe_device
 from quattuor.kernels.lut_linear import LutProblem
-from quattuor.kernels.lut_linear.layout import exchange_nibbles, pack_tiles
+from quattuor.kernels.lut_linear.decode_kernel import decode_kernel
+from quattuor.kernels.lut_linear.layout import ONE_GROUP, block_k, exchange_nibbles, num_tiles, pack_tiles
+from quattuor.kernels.lut_linear.side_kernel import side_kernel
+from quattuor.kernels.lut_linear.triton import choose_tile, takes_bits
+from quattuor.kernels.lut_linear.triton_kernel import lut_kernel
 
 
 def test_interpreted_kernels_are_close_to_the_reference():
@@ -25,8 +30,112 @@ def test_interpreted_kernels_are_close_to_the_reference():
     env = os.environ | {"PYTHONPATH": str(Path(lut_linear.__file__).parents[3])}
     result = subprocess.run([sys.executable, program], capture_output=True, text=True, check=False, env=env)
     assert result.returncode == 0, result.stdout + result.stderr
-    assert result.stdout.count("close") == 14
-    assert result.stdout.count("decoded") == 11
+    assert result.stdout.count("close") == 7
+    assert result.stdout.count("decoded") == 4
+
+
+TORCH_TYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "num_tokens", "kind", "bits", "is_grouped"),
+    [
+        (80, "fp16", 1, "codebook", 4, False),
+        (90, "fp16", 1, "planes", 2, False),
+        (90, "fp16", 16, "codebook", 4, False),
+        pytest.param(90, "bf16", 16, "codebook", 3, False, marks=pytest.mark.slow),
+        pytest.param(90, "fp16", 1, "codebook", 3, True, marks=pytest.mark.slow),
+        pytest.param(90, "fp16", 1, "planes", 2, True, marks=pytest.mark.slow),
+        pytest.param(90, "fp16", 1, "planes", 8, False, marks=pytest.mark.slow),
+        pytest.param(80, "bf16", 16, "planes", 3, False, marks=pytest.mark.slow),
+    ],
+)
+def test_machine_code(capability, dtype, num_tokens, kind, bits, is_grouped):
+    problem = make_layer(4096, 8192, kind=kind, bits=bits, group_size=128 if is_grouped else None).problem
+    tile = choose_tile(problem, num_tokens, 132)
+    is_planes = kind == "planes"
+    pointers = {"x": dtype, "packed": "i16", "table": "fp16" if is_planes else "i32", "offset": "fp16"}
+    pointers |= {"sums": "fp32", "side": "fp32", "bias": dtype, "out": dtype, "partial": "fp32", "arrivals": "i32"}
+    signature = {name: f"*{element}" for name, element in pointers.items()}
+    signature |= dict.fromkeys(
+        ("M", "N", "K", "stride_xm", "N_PADDED", "NUM_BLOCKS", "NUM_GROUPS", "SPLIT"), "i32"
+    )
+    constants = {
+        "ROWS": tile.rows,
+        "TOKENS": tile.tokens,
+        "BLOCK_K": block_k(problem),
+        "TILES": num_tiles(problem),
+        "PIECE": 64,
+        "UNIT": 128 if is_grouped else 0,
+        "GROUP_SIZE": 128 if is_grouped else ONE_GROUP,
+        "HAS_GROUPS": is_grouped,
+        "BITS": bits,
+        "PLANES": is_planes,
+        "MASKED": takes_bits(problem, TORCH_TYPES[dtype]),
+        "HAS_OFFSET": is_planes,
+        "HAS_SIDE": not is_grouped,
+        "HAS_BIAS": True,
+        "IS_SPLIT": True,
+        "EVEN_K": True,
+        "WAITS": capability == 90 and not is_grouped,
+        "ASM": True,
+    }
+    binary = compile_kernel(
+        lut_kernel,
+        signature,
+        constants,
+        capability=capability,
+        divisible=[name for name in signature if name not in ("M", "NUM_BLOCKS", "NUM_GROUPS", "SPLIT")],
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+    assert binary.count("STL") == binary.count("LDL") == 0
+    assert binary.shared_bytes <= {80: 99, 90: 227}[capability] * 1024
+    assert binary.count("HMMA") > 0
+    assert (binary.count("PRMT") > 0) or is_planes
+
+
+@pytest.mark.parametrize(("kind", "bits"), [("codebook", 4), ("codebook", 6), ("planes", 2)])
+def test_machine_code_of_the_decoder(kind, bits):
+    problem = make_layer(128, 1024, kind=kind, bits=bits).problem
+    is_look_up = kind == "codebook" and bits <= 4
+    signature = {"packed": "*i16", "table": "*i32" if is_look_up else "*fp16", "offset": "*fp16", "out": "*fp16"}
+    signature |= dict.fromkeys(("first_row", "N", "K", "N_PADDED", "NUM_BLOCKS", "NUM_GROUPS"), "i32")
+    constants = {
+        "ROWS": 32,
+        "BLOCK_K": block_k(problem),
+        "TILES": num_tiles(problem),
+        "PIECE": 64,
+        "GROUP_SIZE": ONE_GROUP,
+        "BITS": bits,
+        "PLANES": kind == "planes",
+        "HAS_OFFSET": False,
+        "ASM": True,
+    }
+    binary = compile_kernel(
+        decode_kernel,
+        signature,
+        constants,
+        capability=90,
+        divisible=[name for name in signature if name not in ("first_row", "NUM_BLOCKS", "NUM_GROUPS")],
+        num_warps=4,
+    )
+    assert binary.stack_bytes == 0
+    assert binary.count(r"STG\.E\.128") == binary.count("STG")
+
+
+def test_machine_code_beside_the_products():
+    pointers = {"x": "fp16", "table": "fp16", "offset": "fp16", "row_offsets": "i32", "columns": "i16"}
+    pointers |= {"values": "fp16", "side": "fp32"}
+    signature = {name: f"*{element}" for name, element in pointers.items()}
+    signature |= dict.fromkeys(("N", "K", "stride_xm", "N_PADDED"), "i32")
+    constants = {"ROWS": 32, "CHUNK": 32, "BITS": 2, "HAS_SUM": True, "HAS_OFFSET": True, "MASKED": True}
+    constants |= {"HAS_SPARSE": True, "STARTS": True}
+    binary = compile_kernel(
+        side_kernel, signature, constants, capability=90, divisible=list(signature), num_warps=4
+    )
+    assert binary.stack_bytes == 0
+    assert binary.count(r"RED\.|ATOM") == 0  # nothing is added in an order of its own
 
 
 @pytest.mark.parametrize("kind", ["codebook", "planes"])
