@@ -40,7 +40,7 @@ OTHER = "the rest"
 LABELS = {
     "quattuor_w4a8": "Quattuor W4A8",
     "quattuor_w4a8_unfused": "Quattuor W4A8, not fused",
-    "quattuor_w4a8_compiler": "Quattuor W4A8, fused by PyTorch",
+    "quattuor_w4a8_operators": "Quattuor W4A8, fused operators",
     "fp16": "fp16",
     "w4a16": "W4A16 (Machete)",
     "w8a8": "W8A8 int8",

@@ -10,8 +10,9 @@ process of its own and is ended after its timeout. The record is written again a
 the median time of a batch, `prefill_s` of the same batch with one output token: the time to the first token.
 Settings are the same for every format; CUDA graphs are captured for the batches and for one prompt.
 
-`--warm` only starts the engines of all formats, side by side, and so fills their compile caches. `--profile` adds
-the kernels of one decode step of these batches, in our own formats, to the record `serve_vllm_kernels`.
+`--warm` only starts the engines of all formats, a few side by side, and so fills their compile caches; the device
+needs memory for the weights and the largest batch of each. `--profile` adds the kernels of one decode step of
+these batches, in our own formats, to the record `serve_vllm_kernels`.
 """
 
 import argparse
@@ -23,6 +24,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from benchmarks import record
@@ -78,6 +80,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--append", action="store_true", help="keep the rows of other formats in the record")
     parser.add_argument("--profile", default=[], type=_numbers, help="batches")
     parser.add_argument("--warm", action="store_true", help="only fill the compile caches of all formats")
+    parser.add_argument("--at-once", type=int, default=3, help="engines that --warm starts side by side")
     parser.add_argument("--cache", type=Path, default=Path(tempfile.gettempdir()) / "quattuor-serve-vllm")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--only-start", action="store_true", help=argparse.SUPPRESS)
@@ -111,22 +114,23 @@ def _write(name: str, rows: Sequence[Row], path: Path) -> None:
 
 
 def _warm(names: Sequence[str], options: argparse.Namespace) -> int:
-    """Start every engine at once, with little memory, and end it when it is ready; return how many failed."""
+    """Start engines side by side, with little memory, and end each when it is ready; return how many failed."""
+    with ThreadPoolExecutor(options.at_once) as pool:
+        return sum(pool.map(lambda name: _warm_one(name, options), names))
+
+
+def _warm_one(name: str, options: argparse.Namespace) -> bool:
     started = time.perf_counter()
-    processes = {name: _start(name, options, ["--only-start"]) for name in names}
-    ends = [threading.Timer(options.timeout, _end, [process]) for process in processes.values()]
-    for end in ends:
-        end.start()
-    failed = 0
-    for (name, process), end in zip(processes.items(), ends, strict=True):
-        output, _ = process.communicate()
-        end.cancel()
-        if process.returncode:
-            failed += 1
-            print(output, flush=True)
-        seconds = time.perf_counter() - started
-        print(f"-- {name}: warm, exit status {process.returncode}, {seconds:.0f} s", flush=True)
-    return failed
+    process = _start(name, options, ["--only-start"])
+    end = threading.Timer(options.timeout, _end, [process])
+    end.start()
+    output, _ = process.communicate()
+    end.cancel()
+    if process.returncode:
+        print(output, flush=True)
+    seconds = time.perf_counter() - started
+    print(f"-- {name}: warm, exit status {process.returncode}, {seconds:.0f} s", flush=True)
+    return process.returncode != 0
 
 
 def _worker_lines(name: str, options: argparse.Namespace) -> Iterator[str]:

@@ -149,7 +149,7 @@ FORMATS: dict[str, Format] = {
     "quattuor_w4a8": Format(quantization=_ours),
     "quattuor_w4a8_g128": Format(quantization=lambda blocks: _ours(blocks, 128)),
     "quattuor_w4a8_unfused": Format(quantization=_ours, environment={FUSE_VARIABLE: "0"}),
-    "quattuor_w4a8_compiler": Format(quantization=_ours, environment={FUSE_VARIABLE: "compiler"}),
+    "quattuor_w4a8_operators": Format(quantization=_ours, environment={FUSE_VARIABLE: "operators"}),
     "fp16": Format(),
     "w8a8": Format(quantization=_eight_bits("int", "int-quantized")),
     "fp8": Format(quantization=_eight_bits("float", "float-quantized")),

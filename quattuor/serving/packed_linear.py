@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A packed linear as a serving engine holds it: an operand in a list, and a call that compiles.
 
-Inputs are quantized by one operator, which `fusion` joins to the norm or the gated activation before it. Where no
-engine runs that pass, a compiled graph gets plain PyTorch instead, which the compiler fuses with whatever it can.
+Inside a compiled graph the inputs are quantized by plain PyTorch, which the compiler fuses into whatever produced
+them: norm and residual, or the gated activation. Elsewhere, and where `fusion` is asked for, it is one operator.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from quattuor.quantized_tensor import QuantizedTensor
 
 __all__ = ["FUSE_VARIABLE", "PackedLinear", "linear", "prepare", "quantize_rows"]
 
-#: For comparing profiles: 0 keeps the quantization of inputs a kernel of its own, "compiler" lets PyTorch fuse.
+#: Who joins quantization to what precedes it: "compiler" (PyTorch's, the default), "operators" (`fusion`), or 0.
 FUSE_VARIABLE = "QUATTUOR_FUSE"
 
 

@@ -98,25 +98,27 @@ def test_qqq(layout: str, tmp_path: Path) -> None:
     check_block(load(tmp_path / "out"), model)
 
 
-def test_the_compiler_gets_the_fusions(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_compiler_gets_the_fusions_where_they_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     from vllm.config import VllmConfig
     from vllm.platforms import current_platform
 
     from quattuor.serving.vllm import graph_pass
 
     save_pretrained(packed_model(CHANNEL), tmp_path / "out", recipe=recipe_of(CHANNEL), tokenizer=tiny_tokenizer())
+    for value in ("0", "compiler"):
+        monkeypatch.setenv("QUATTUOR_FUSE", value)
+        served = load(tmp_path / "out")
+        assert current_platform.pass_key not in served.compile_options
+        assert served.model.layers[0].mlp.down_proj.quant_method.facts.is_traced is (value != "0")
+    monkeypatch.setenv("QUATTUOR_FUSE", "operators")
     served = load(tmp_path / "out")
-    added = served.compile_options[current_platform.pass_key]
-    assert added.uuid()  # compiled graphs are cached under it
+    assert served.compile_options[current_platform.pass_key].uuid()  # compiled graphs are cached under it
     assert served.model.layers[0].mlp.down_proj.quant_method.facts.is_traced is False
     config = VllmConfig()
     config.compilation_config.inductor_compile_config[current_platform.pass_key] = object()
     assert graph_pass.install(config) is False  # the hook is taken
-    config = VllmConfig()
-    for value in ("0", "compiler"):
-        monkeypatch.setenv("QUATTUOR_FUSE", value)
-        assert graph_pass.install(config) is False
-    assert current_platform.pass_key not in config.compilation_config.inductor_compile_config
 
 
 @torch.no_grad()

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hooks the fusions into the compiler of an engine that serves packed linears.
+"""Hooks the fusions into the compiler of an engine that serves packed linears, where they are asked for.
 
 Releases of vLLM without norms as operators of their own, or without the hook, are left alone: there the inputs are
 quantized by plain PyTorch, and the compiler fuses what it can.
@@ -30,10 +30,12 @@ def install(config: Any) -> bool:
         config: The engine's configuration, before its model is compiled.
 
     Returns:
-        Whether they do: false where the release has no hook, the user has taken it, or fusions are switched off.
+        Whether they do: false unless `FUSE_VARIABLE` asks for it, and the release has the hook and it is free.
     """
+    if os.environ.get(FUSE_VARIABLE) != "operators":
+        return False
     module = _pass_module()
-    if module is None or not _has_norms() or os.environ.get(FUSE_VARIABLE) in ("0", "compiler"):
+    if module is None or not _has_norms():
         return False
     from vllm.platforms import current_platform
 
