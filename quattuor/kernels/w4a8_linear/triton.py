@@ -97,7 +97,8 @@ def choose_tile(
     if width < 4:
         tile = narrow_sizes(num_tokens, width, scaled is not None, has_warpgroups)
     elif num_tokens <= 16:
-        tile = sizes(64, 8 if num_tokens <= 8 else 16, 4, 4)
+        num_stages = 3 if scaled == "elements" and not has_warpgroups else 4
+        tile = sizes(64, 8 if num_tokens <= 8 else 16, 4, num_stages)
     elif num_tokens <= 32:
         tile = sizes(64, 32, 4, 3)
     elif scaled == "elements":
