@@ -153,9 +153,7 @@ def write_foreign(
         is_exact = torch.equal(scales[name].double(), grid.scale)
         if not is_exact and not round_scales:
             kept = str(dtype).removeprefix("torch.")
-            raise refused(
-                layout.name, name, f"has scales that {kept} cannot hold; pass round_scales=True to round"
-            )
+            raise refused(layout.name, name, f"has scales that {kept} cannot hold; --allow-rounding rounds them")
         if not bool(scales[name].isfinite().all()):
             raise refused(layout.name, name, "has scales beyond the range of their dtype")
     settings = layout.settings(grids, packed.activations, _others(packed))
