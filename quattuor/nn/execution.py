@@ -12,6 +12,7 @@ from quattuor.activations.base import ActivationQuantizer
 from quattuor.deltas import ElementDelta
 from quattuor.errors import InputError, UnsupportedError, compose
 from quattuor.formats.base import Format
+from quattuor.formats.bilevel import BilevelInteger
 from quattuor.formats.binary import BinaryCoding
 from quattuor.formats.codebook import Codebook
 from quattuor.formats.integer import Integer
@@ -136,8 +137,10 @@ class FloatExecution(Execution):
     operand: Operand | None = None
 
     def prepared(self, tensor: QuantizedTensor) -> "FloatExecution":
-        """Lay out codes, scales and zero points."""
+        """Lay out codes, scales and zero points; those of two levels become real numbers."""
         codes, parameters = tensor.codes, tensor.parameters
+        if isinstance(tensor.number_format, BilevelInteger):
+            parameters = tensor.number_format.resolved(parameters)
         zero_point = parameters["zero_point"].expand(len(codes), -1) if "zero_point" in parameters else None
         return replace(
             self, operand=self.plan.prepare(codes, parameters["scale"].expand(len(codes), -1), zero_point)
@@ -288,7 +291,8 @@ def make_execution(
         return TableExecution(lut_linear.plan(_table_problem(tensor, dtype, device), force))
     # On a CPU the decoded weight is kept anyway, and one dense product is faster than a second, sparse one.
     is_delta_on_cpu = tensor.delta is not None and device.type == "cpu"
-    if activations is None and (is_delta_on_cpu or not isinstance(tensor.number_format, Integer)):
+    uniform = Integer if device.type == "cpu" else Integer | BilevelInteger
+    if activations is None and (is_delta_on_cpu or not isinstance(tensor.number_format, uniform)):
         return _decoded(tensor.number_format, force, device, name)
     problem = _problem(tensor, activations, dtype, device)
     if activations is None:
@@ -337,7 +341,7 @@ def _problem(
         weight_bits=tensor.number_format.bits,
         group_size=granularity.group_size if isinstance(granularity, PerGroup) else None,
         integer_group_scale="group_scale" in parameters and parameters["group_scale"].dtype == torch.int8,
-        zero_point="zero_point" in parameters,
+        zero_point="zero_point" in parameters or isinstance(tensor.number_format, BilevelInteger),
         activation_bits=16 if activations is None else activations.bits,
         output_dtype=dtype,
         **describe_device(device),
