@@ -92,7 +92,8 @@ class _ColumnProduct(torch.autograd.Function):
         rounded = values.to(torch.float16).float()
         ctx.codes, ctx.dtype = codes, z.dtype
         ctx.save_for_backward(picked, rounded, indices)
-        return codes(z.float()) + picked @ rounded.T
+        y: Tensor = codes(z.float()) + picked @ rounded.T
+        return y
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
