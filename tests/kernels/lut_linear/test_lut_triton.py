@@ -220,7 +220,8 @@ def test_gpu_kernel(dtype, options, num_tokens):
     if num_tokens == 0:
         assert results[0].shape == (0, 391)
         return
-    if num_tokens > 16 and dtype != torch.float32:  # decoded to the dtype of the tokens
+    chosen = lut_linear.plan(layer.problem).implementation(num_tokens)
+    if chosen == "decoded" and dtype != torch.float32:  # a weight rounded to the dtype of the tokens
         assert (results[0] - exact).norm() <= 2 * torch.finfo(dtype).eps * exact.norm()
         return
     # tensor cores add several products at once with fewer guard bits than a scalar sum
