@@ -83,7 +83,7 @@ def test_plan_says_why() -> None:
     reasons = {row.implementation: row.reason for row in plan.explain()}
     assert "CUDA" in reasons["triton"]
     assert "planes" in reasons["tables"]
-    assert lut_linear.plan(LutProblem(**fields, **cuda)).implementation(1) == "triton"
+    assert lut_linear.plan(LutProblem(**fields, **cuda), force="triton").implementation(1) == "triton"
     with pytest.raises(UnsupportedError, match="more memory than the layer"):
         lut_linear.plan(LutProblem(**fields, **cuda), force="float32")
     with pytest.raises(UnsupportedError, match="multiple of 8, not 12"):

@@ -21,7 +21,7 @@ from quattuor.kernels.lut_linear import LutProblem
 from quattuor.kernels.lut_linear.decode_kernel import decode_kernel
 from quattuor.kernels.lut_linear.layout import ONE_GROUP, block_k, exchange_nibbles, num_tiles, pack_tiles
 from quattuor.kernels.lut_linear.side_kernel import side_kernel
-from quattuor.kernels.lut_linear.triton import choose_tile, takes_bits
+from quattuor.kernels.lut_linear.triton import MANY_TOKENS, choose_tile, takes_bits
 from quattuor.kernels.lut_linear.triton_kernel import lut_kernel
 
 
@@ -178,17 +178,18 @@ def test_refusals_have_reasons():
             lut_linear.plan(LutProblem(**fields | change), force="triton")
 
 
-def test_few_tokens_are_unpacked_and_many_decoded_on_a_device():
+def test_what_never_ran_on_a_device_is_not_chosen():
     fields = {"out_features": 64, "in_features": 256, "device_type": "cuda", "compute_capability": (9, 0)}
     for kind, bits in (("codebook", 3), ("codebook", 4), ("planes", 2), ("planes", 8)):
         plan = lut_linear.plan(LutProblem(**fields, kind=kind, weight_bits=bits))
-        assert (plan.implementation(1), plan.implementation(4096)) == ("triton", "decoded")
+        assert not {plan.implementation(1), plan.implementation(4096)} & {"triton", "decoded"}
         reasons = {(row.tokens, row.implementation): row.reason for row in plan.explain()}
         assert "decoding it once costs less" in reasons["129+", "triton"]
-    wide = lut_linear.plan(LutProblem(**fields, kind="codebook", weight_bits=6))
-    assert wide.implementation(1) == "decoded"
-    short = lut_linear.plan(LutProblem(**fields, kind="codebook", weight_bits=4, group_size=8))
-    assert short.implementation(1) == "reference"
+        assert "has not run on a GPU" in reasons["0-16", "triton"]
+        assert "has not run on a GPU" in reasons["129+", "decoded"]
+        for name in ("triton", "decoded"):
+            forced = lut_linear.plan(LutProblem(**fields, kind=kind, weight_bits=bits), force=name)
+            assert forced.implementation(1) == name
 
 
 @pytest.mark.gpu
@@ -212,7 +213,9 @@ def test_gpu_kernel(dtype, options, num_tokens):
     x = torch.randn(2 * num_tokens, 1300, device="cuda").to(dtype)[::2]
     exact = x.double() @ layer.weight.T
     results = []
-    for name in (None, "reference"):
+    few = "decoded" if options["kind"] == "codebook" and options["bits"] > 4 else "triton"
+    chosen = few if num_tokens < MANY_TOKENS else "decoded"
+    for name in (chosen, "reference"):
         plan = lut_linear.plan(layer.problem, force=name)
         operand = plan.prepare(*layer.tensors)
         results.append(plan.linear(x, operand, out_dtype=torch.float32))
@@ -220,7 +223,6 @@ def test_gpu_kernel(dtype, options, num_tokens):
     if num_tokens == 0:
         assert results[0].shape == (0, 391)
         return
-    chosen = lut_linear.plan(layer.problem).implementation(num_tokens)
     if chosen == "decoded" and dtype != torch.float32:  # a weight rounded to the dtype of the tokens
         assert (results[0] - exact).norm() <= 2 * torch.finfo(dtype).eps * exact.norm()
         return
