@@ -9,11 +9,12 @@ chosen for the range. Nothing is tried and caught.
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from quattuor.errors import InputError, UnsupportedError, compose
 
@@ -31,6 +32,7 @@ __all__ = [
     "check_tensor",
     "choose",
     "describe_device",
+    "is_plain_call",
 ]
 
 #: The largest K whose int32 sum of products -128..127 x -128..127 cannot overflow.
@@ -187,6 +189,17 @@ class LinearProblem:
         return 2 ** (self.weight_bits - 1)
 
 
+def is_plain_call(x: Tensor) -> bool:
+    """Return whether an implementation may be called directly, because nothing watches operators.
+
+    A registered operator shows a call to compilers, tracers, fake tensors and autograd. PyTorch takes about ten
+    times as long to call one as a function, and longer than a small layer takes on a GPU.
+    """
+    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+        return False
+    return type(x) is Tensor and not (x.requires_grad and torch.is_grad_enabled())
+
+
 def describe_device(device: torch.device | str) -> dict[str, Any]:
     """Return `device_type` and `compute_capability` of a device, as `LinearProblem` takes them."""
     device = torch.device(device)
@@ -312,6 +325,12 @@ class Operand:
     """
 
     entries: Mapping[str, Tensor]
+    _layouts: dict[str, dict[str, Tensor]] = field(init=False, repr=False, compare=False, default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for key, tensor in self.entries.items():
+            layout, _, name = key.partition(".")
+            self._layouts.setdefault(layout, {})[name] = tensor
 
     def tensors(self) -> dict[str, Tensor]:
         """Return the tensors by name, for registering as buffers or moving between devices."""
@@ -319,8 +338,7 @@ class Operand:
 
     def layout(self, name: str) -> dict[str, Tensor]:
         """Return the tensors of one layout, without the layout's name in their keys."""
-        prefix = name + "."
-        return {key.removeprefix(prefix): t for key, t in self.entries.items() if key.startswith(prefix)}
+        return self._layouts.get(name, {})
 
     @property
     def nbytes(self) -> int:

@@ -17,6 +17,7 @@ from quattuor.kernels.dispatch import (
     check_tensor,
     choose,
     describe_device,
+    is_plain_call,
 )
 from quattuor.kernels.layer import check_call, prepare_layouts, select
 from quattuor.kernels.lut_linear.problem import TABLE_DTYPES, LutProblem
@@ -160,6 +161,8 @@ class Plan:
         out_dtype = problem.output_dtype if out_dtype is None else out_dtype
         check_inputs(problem, x, bias, out_dtype)
         chosen, tensors = select(self.schedule, operand, x, PLACE)
+        if is_plain_call(x):
+            return chosen.linear(problem, (x,), tensors, bias, out_dtype)
         return torch.ops.quattuor.lut_linear(
             x,
             list(tensors.values()),

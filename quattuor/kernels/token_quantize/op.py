@@ -7,7 +7,7 @@ import importlib.util
 import torch
 from torch import Tensor
 
-from quattuor.kernels.dispatch import OUTPUT_DTYPES, check, check_tensor
+from quattuor.kernels.dispatch import OUTPUT_DTYPES, check, check_tensor, is_plain_call
 from quattuor.kernels.token_quantize import reference
 
 __all__ = ["rms_norm_quantize", "silu_mul_quantize", "token_quantize"]
@@ -42,15 +42,13 @@ torch.library.define(
 torch.library.define("quattuor::silu_mul_quantize", "(Tensor gate, Tensor up) -> (Tensor, Tensor)")
 
 
-@torch.library.impl("quattuor::token_quantize", "CompositeExplicitAutograd")
-def token_quantize_op(x: Tensor) -> tuple[Tensor, Tensor]:
+def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     """Quantize tokens [M, K]; `token_quantize` checks the argument."""
     with torch.cuda.device_of(x):
         return implementation(x.device).quantize_tokens(x)
 
 
-@torch.library.impl("quattuor::rms_norm_quantize", "CompositeExplicitAutograd")
-def rms_norm_quantize_op(
+def rms_norm_quantize_tokens(
     x: Tensor, weight: Tensor, eps: float, residual: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Add, normalize and quantize tokens [M, K]; `rms_norm_quantize` checks the arguments."""
@@ -58,11 +56,15 @@ def rms_norm_quantize_op(
         return implementation(x.device).rms_norm_quantize_tokens(x, weight, eps, residual)
 
 
-@torch.library.impl("quattuor::silu_mul_quantize", "CompositeExplicitAutograd")
-def silu_mul_quantize_op(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
+def silu_mul_quantize_tokens(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Gate and quantize tokens [M, K]; `silu_mul_quantize` checks the arguments."""
     with torch.cuda.device_of(gate):
         return implementation(gate.device).silu_mul_quantize_tokens(gate, up)
+
+
+torch.library.impl("quattuor::token_quantize", "CompositeExplicitAutograd", quantize_tokens)
+torch.library.impl("quattuor::rms_norm_quantize", "CompositeExplicitAutograd", rms_norm_quantize_tokens)
+torch.library.impl("quattuor::silu_mul_quantize", "CompositeExplicitAutograd", silu_mul_quantize_tokens)
 
 
 @torch.library.register_fake("quattuor::token_quantize")
@@ -102,6 +104,8 @@ def token_quantize(x: Tensor) -> tuple[Tensor, Tensor]:
         InputError: The input has the wrong dtype or number of dimensions.
     """
     check_tokens("x", x, "token_quantize")
+    if is_plain_call(x):
+        return quantize_tokens(x)
     return torch.ops.quattuor.token_quantize(x)
 
 
@@ -131,6 +135,8 @@ def rms_norm_quantize(
     check(eps > 0, "eps", eps, "is not positive", place, "use the eps of the norm, for example 1e-6")
     if residual is not None:
         check_tensor("residual", residual, tuple(x.shape), (x.dtype,), x.device, place)
+    if is_plain_call(x) and is_plain_call(weight):
+        return rms_norm_quantize_tokens(x, weight, eps, residual)
     return torch.ops.quattuor.rms_norm_quantize(x, weight, eps, residual)
 
 
@@ -153,4 +159,6 @@ def silu_mul_quantize(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     place = "silu_mul_quantize"
     check_tokens("gate", gate, place)
     check_tensor("up", up, tuple(gate.shape), (gate.dtype,), gate.device, place)
+    if is_plain_call(gate) and is_plain_call(up):
+        return silu_mul_quantize_tokens(gate, up)
     return torch.ops.quattuor.silu_mul_quantize(gate, up)

@@ -18,6 +18,7 @@ from quattuor.kernels.dispatch import (
     check_tensor,
     choose,
     describe_device,
+    is_plain_call,
 )
 from quattuor.kernels.layer import check_call, prepare_layouts, select
 from quattuor.kernels.w4a16_linear.float32 import Float32
@@ -149,6 +150,8 @@ class Plan:
         out_dtype = problem.output_dtype if out_dtype is None else out_dtype
         check_inputs(problem, x, bias, out_dtype)
         chosen, tensors = select(self.schedule, operand, x, PLACE)
+        if is_plain_call(x):
+            return chosen.linear(problem, (x,), tensors, bias, out_dtype)
         return torch.ops.quattuor.w4a16_linear(
             x,
             list(tensors.values()),

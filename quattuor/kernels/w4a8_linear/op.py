@@ -16,6 +16,7 @@ from quattuor.kernels.dispatch import (
     check,
     choose,
     describe_device,
+    is_plain_call,
 )
 from quattuor.kernels.layer import prepare_layouts, select
 from quattuor.kernels.w4a8_linear.checks import PLACE, check_inputs, check_weight
@@ -171,6 +172,8 @@ class Plan:
         out_dtype = problem.output_dtype if out_dtype is None else out_dtype
         check_inputs(problem, x_codes, x_scale, x_zero_point, bias, out_dtype)
         chosen, tensors = select(self.schedule, operand, x_codes, PLACE)
+        if is_plain_call(x_codes) and is_plain_call(x_scale):
+            return chosen.linear(problem, (x_codes, x_scale, x_zero_point), tensors, bias, out_dtype)
         return torch.ops.quattuor.w4a8_linear(
             x_codes,
             x_scale,
