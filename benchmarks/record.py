@@ -32,7 +32,12 @@ Scalar = str | int | float | bool | None
 
 
 def write(
-    name: str, rows: Sequence[Mapping[str, Scalar]], command: str | None = None, *, folder: Path = RESULTS
+    name: str,
+    rows: Sequence[Mapping[str, Scalar]],
+    command: str | None = None,
+    *,
+    folder: Path = RESULTS,
+    to: Path | None = None,
 ) -> Path:
     """Write a record, replacing an earlier one of the same name as a whole.
 
@@ -41,6 +46,7 @@ def write(
         rows: At least one flat object of strings, finite numbers, booleans or None.
         command: What makes this record again; None for the command line of this process.
         folder: Where records lie.
+        to: The file to write, whatever its name; None for that of the record in the folder.
 
     Raises:
         InputError: The name or a row is not of this form; the message names the row and the key.
@@ -55,8 +61,8 @@ def write(
         "versions": versions(),
         "rows": [dict(row) for row in rows],
     }
-    path = folder / f"{name}.json"
-    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{name}.json" if to is None else to
+    path.parent.mkdir(parents=True, exist_ok=True)
     write_text_atomically(path, json.dumps(record, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
     return path
 

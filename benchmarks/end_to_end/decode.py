@@ -336,10 +336,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         """Print a row and write the record anew: what is measured stays when a later row fails."""
         print(json.dumps(row), flush=True)
         rows.append(row)
-        if options.json is None:
-            record.write(RECORD, rows)
-        else:
-            record.write(RECORD, rows, folder=options.json.parent).replace(options.json)
+        record.write(RECORD, rows, to=options.json)
 
     for name in options.models:
         for format_name in options.formats:

@@ -54,10 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     rows = compare(options.folder.name, stages["vllm"], stages["transformers"])
     for row in rows:
         print(json.dumps(row), flush=True)
-    if options.json is None:
-        record.write(RECORD, rows)
-    else:
-        record.write(RECORD, rows, folder=options.json.parent).replace(options.json)
+    record.write(RECORD, rows, to=options.json)
     return 0
 
 

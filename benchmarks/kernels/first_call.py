@@ -157,11 +157,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", type=Path, help="write the record here instead of benchmarks/results")
     options = parser.parse_args(arguments)
     rows = measure(options.cases.split(","), options.processes)
-    if options.json is None:
-        record.write(RECORD, rows)
-        return
-    record.write(RECORD, rows, folder=options.json.parent)
-    (options.json.parent / f"{RECORD}.json").replace(options.json)
+    record.write(RECORD, rows, to=options.json)
 
 
 if __name__ == "__main__":

@@ -229,11 +229,7 @@ def main(arguments: list[str] | None = None) -> None:
     from benchmarks import record  # here: a case alone, under a checker, need not wait for what it imports
 
     rows = measure(options)
-    if options.json is None:
-        record.write(RECORD, rows)
-        return
-    record.write(RECORD, rows, folder=options.json.parent)
-    (options.json.parent / f"{RECORD}.json").replace(options.json)
+    record.write(RECORD, rows, to=options.json)
 
 
 if __name__ == "__main__":

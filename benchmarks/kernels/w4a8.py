@@ -161,7 +161,7 @@ def run(options: argparse.Namespace) -> list[Row]:
             found = measure(contenders, num_tokens, *shape)
             rows += found
             print(describe_case(found, time.monotonic() - start), flush=True)
-        write(rows, options.json)
+        record.write(RECORD, rows, to=options.json)
         del contenders
         torch.cuda.empty_cache()
     return rows
@@ -179,15 +179,6 @@ def describe_case(rows: list[Row], elapsed_s: float) -> str:
     return " | ".join([case, f"{elapsed_s:.0f} s", f"floor {first['floor_us']:.1f}", *figures])
 
 
-def write(rows: list[Row], file: Path | None) -> None:
-    """Write the record, or its like to a file of the user's."""
-    if file is None:
-        record.write(RECORD, rows)
-        return
-    record.write(RECORD, rows, folder=file.parent)
-    (file.parent / f"{RECORD}.json").replace(file)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run the cases within a time limit and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -200,7 +191,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--cutlass", help="include/ of the repository of CUTLASS, needed until compiled")
     parser.add_argument("--json", type=Path, help="write the record here instead of benchmarks/results")
     options = parser.parse_args(arguments)
-    write(run(options), options.json)
+    record.write(RECORD, run(options), to=options.json)
 
 
 if __name__ == "__main__":

@@ -105,7 +105,7 @@ def run(options: argparse.Namespace) -> list[Row]:
                 return rows
             rows += measure(candidates, num_tokens, shape)
             print(describe(rows, shape, num_tokens, time.monotonic() - start), flush=True)
-        write(rows, options.json)
+        record.write(RECORD, rows, to=options.json)
         del candidates
         torch.cuda.empty_cache()
     return rows
@@ -121,15 +121,6 @@ def describe(rows: list[Row], shape: tuple[int, int], num_tokens: int, elapsed_s
     return " | ".join([f"{shape[0]}x{shape[1]} {num_tokens}", f"{elapsed_s:.0f} s", *figures])
 
 
-def write(rows: list[Row], file: Path | None) -> None:
-    """Write the record, or its like to a file of the user's."""
-    if file is None:
-        record.write(RECORD, rows)
-        return
-    record.write(RECORD, rows, folder=file.parent)
-    (file.parent / f"{RECORD}.json").replace(file)
-
-
 def main(arguments: list[str] | None = None) -> None:
     """Run the cases within a time limit and write the record."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -139,7 +130,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--families", default=",".join(FAMILIES), help="formats to time")
     parser.add_argument("--json", type=Path, help="write the record here instead of benchmarks/results")
     options = parser.parse_args(arguments)
-    write(run(options), options.json)
+    record.write(RECORD, run(options), to=options.json)
 
 
 if __name__ == "__main__":

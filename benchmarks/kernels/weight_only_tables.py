@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.kernels.timing import Batch, Contender, num_copies
-from benchmarks.kernels.weight_only_uniform import Packed, gate_of
+from benchmarks.kernels.weight_only_uniform import Packed, cold_layers, gate_of
 from quattuor.kernels import lut_linear
 from quattuor.kernels.dispatch import Operand, describe_device
 from quattuor.kernels.lut_linear import LutProblem, Plan
@@ -105,14 +105,7 @@ def layers_of(shape: tuple[int, int], kind: Table, num_layers: int | None = None
         rows = torch.arange(shape[0], device="cuda").repeat_interleave(row_offsets.long().diff())
         decoded[rows, columns.long()] += values.float()
     first = plan.prepare(codes, table, offset, entries)
-    layers = [first]
-    for _ in range((num_layers or num_copies(first.nbytes)) - 1):
-        # tables and counters of their own, so that they are as cold as the weight
-        fresh = {name: tensor.clone() for name, tensor in first.tensors().items()}
-        packed = next(name for name in fresh if name.endswith(".packed"))
-        fresh[packed] = torch.randint_like(fresh[packed], -(2**15), 2**15)
-        layers.append(Operand(fresh))
-    return decoded, layers
+    return decoded, cold_layers(first, num_layers or num_copies(first.nbytes))
 
 
 def tables(shape: tuple[int, int], kinds: Sequence[Table] = FORMATS) -> Iterator[Packed]:

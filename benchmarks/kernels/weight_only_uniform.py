@@ -14,7 +14,17 @@ from quattuor.kernels import w4a16_linear
 from quattuor.kernels.dispatch import LinearProblem, Operand, describe_device
 from quattuor.kernels.w4a16_linear.reference import decoded_weight
 
-__all__ = ["FORMATS", "Packed", "Uniform", "cublas_fp16", "gate_of", "humming", "layers_of", "uniform"]
+__all__ = [
+    "FORMATS",
+    "Packed",
+    "Uniform",
+    "cold_layers",
+    "cublas_fp16",
+    "gate_of",
+    "humming",
+    "layers_of",
+    "uniform",
+]
 
 #: Largest relative error against float64 that a float16 result may have: rounding alone gives 2e-4.
 LARGEST_ERROR = 2e-3
@@ -88,6 +98,17 @@ def problem_of(shape: tuple[int, int], kind: Uniform) -> LinearProblem:
     )
 
 
+def cold_layers(first: Operand, num_layers: int) -> list[Operand]:
+    """Return a packed layer and others of random codes after it; scales and counters are as cold as the weight."""
+    layers = [first]
+    for _ in range(num_layers - 1):
+        fresh = {name: tensor.clone() for name, tensor in first.tensors().items()}
+        packed = next(name for name in fresh if name.endswith(".packed"))
+        fresh[packed] = torch.randint_like(fresh[packed], -(2**15), 2**15)
+        layers.append(Operand(fresh))
+    return layers
+
+
 def layers_of(shape: tuple[int, int], kind: Uniform) -> tuple[Tensor, list[Operand]]:
     """Return the weight of a random layer as float32, and enough packed layers, it first, to stay cold."""
     problem = problem_of(shape, kind)
@@ -100,14 +121,7 @@ def layers_of(shape: tuple[int, int], kind: Uniform) -> tuple[Tensor, list[Opera
     zero = torch.randint(2**kind.bits, groups, device="cuda").float() if kind.zero_point else None
     decoded = decoded_weight(problem, codes, scale, zero)
     first = plan.prepare(codes, scale, zero)
-    layers = [first]
-    for _ in range(num_copies(first.nbytes) - 1):
-        # scales and counters of their own, so that they are as cold as the weight
-        fresh = {name: tensor.clone() for name, tensor in first.tensors().items()}
-        packed = next(name for name in fresh if name.endswith(".packed"))
-        fresh[packed] = torch.randint_like(fresh[packed], -(2**15), 2**15)
-        layers.append(Operand(fresh))
-    return decoded, layers
+    return decoded, cold_layers(first, num_copies(first.nbytes))
 
 
 def uniform(shape: tuple[int, int], kinds: Sequence[Uniform] = FORMATS) -> Iterator[Packed]:

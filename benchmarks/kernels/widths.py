@@ -171,11 +171,7 @@ def main(arguments: list[str] | None = None) -> None:
         with multiprocessing.get_context("spawn").Pool(options.processes) as pool:
             pool.map(compile_one, jobs, chunksize=1)
     rows = measure(shapes, token_counts, widths)
-    if options.json is None:
-        record.write(RECORD, rows)
-        return
-    record.write(RECORD, rows, folder=options.json.parent)
-    (options.json.parent / f"{RECORD}.json").replace(options.json)
+    record.write(RECORD, rows, to=options.json)
 
 
 if __name__ == "__main__":

@@ -27,6 +27,13 @@ def test_a_record_reads_back_with_its_origin(tmp_path):
     assert [item.name for item in tmp_path.iterdir()] == ["tiny_accuracy.json"]
 
 
+def test_a_record_may_go_to_a_file_of_another_name(tmp_path):
+    target = tmp_path / "new" / "mine.json"
+    assert record.write("tiny_accuracy", ROWS, folder=tmp_path / "unused", to=target) == target
+    assert json.loads(target.read_text())["rows"] == ROWS
+    assert [item.name for item in tmp_path.rglob("*")] == ["new", "mine.json"]
+
+
 def test_the_commit_is_that_of_the_checkout_and_says_when_it_was_changed(tmp_path, monkeypatch):
     def git(*arguments):
         identity = ("-c", "user.name=t", "-c", "user.email=t@t")
