@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time W4A8 linear layers against other kernels on one GPU, in one run.
 
-    python -m benchmarks.kernels.w4a8 [--seconds S] [--shapes NxK,...] [--tokens M,...] [--json FILE]
+    python -m benchmarks.kernels.w4a8 [--seconds S] [--shapes NxK,...] [--tokens M,...] [--append [--missing]]
+        [--json FILE]
 
 Each contender first passes a correctness gate. Then every contender of a case is captured in a CUDA graph that
 walks over enough copies of its weight to keep the weight cold, and the graphs are replayed in turn; a latency is
@@ -9,15 +10,18 @@ the median over replays, divided by the launches. A contender whose package is n
 original QQQ kernel, Marlin and CUTLASS are timed when `--qqq`, `--marlin`, `--cutlass` name the folders of their
 sources.
 
-The record is written again after each shape, so that a run cut short leaves what it measured.
+The record is written again after each shape, so that a run cut short leaves what it measured. `--append` keeps the
+rows of an existing record for the cases (a shape and a token count) that the run does not measure, and refuses a
+record of another device or of other versions of what is timed; `--missing` measures none of its cases again.
 """
 
 import argparse
 import importlib.util
+import json
 import multiprocessing
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -28,11 +32,16 @@ from benchmarks.kernels.contenders import cublas, ours, ours_w4a16
 from benchmarks.kernels.cutlass import cutlass_int8, load_cutlass
 from benchmarks.kernels.timing import Batch, Contender, floor_us, median_latencies
 from benchmarks.shapes import LINEAR_SHAPES, TOKEN_COUNTS
+from quattuor.errors import InputError, compose
 from quattuor.kernels.token_quantize import token_quantize
+from quattuor.reports.environment import hardware, versions
 
-__all__ = ["main", "measure"]
+__all__ = ["case_of", "existing_rows", "main", "measure", "merged"]
 
 RECORD = "kernels_w4a8"
+#: What latencies of one record share: fields of `hardware` and of `versions`.
+SAME_HARDWARE = ("gpu", "gpu_memory_bytes")
+SAME_VERSIONS = ("torch", "triton", "cuda")
 
 Folders = dict[str, str | None]
 Row = dict[str, str | int | float | bool | None]
@@ -140,11 +149,57 @@ def peers_that_run(folders: Folders) -> list[str]:
     return [name for name, process in processes.items() if process.exitcode == 0]
 
 
+def case_of(row: Row) -> tuple[int, int, int]:
+    """Return N, K and the token count of a row; a run measures every contender of a case."""
+    return int(row["n"]), int(row["k"]), int(row["m"])
+
+
+def merged(rows: Sequence[Row], found: Sequence[Row]) -> list[Row]:
+    """Return the rows with those of new cases, which replace older ones, by benchmarked shape and token count."""
+    measured = {case_of(row) for row in found}
+    order = {shape: place for place, shape in enumerate(LINEAR_SHAPES.values())}
+
+    def place(row: Row) -> tuple[int, int, int, int]:
+        n, k, m = case_of(row)
+        return order.get((n, k), len(order)), n, k, m
+
+    return sorted([*(row for row in rows if case_of(row) not in measured), *found], key=place)
+
+
+def existing_rows(file: Path) -> list[Row]:
+    """Return the rows of a record to append to, none when there is no file.
+
+    Raises:
+        InputError: The record was measured on another device, or with other versions of what is timed.
+    """
+    if not file.is_file():
+        return []
+    content = json.loads(file.read_text(encoding="utf-8"))
+    here = {"hardware": hardware(), "versions": versions()}
+    for part, keys in (("hardware", SAME_HARDWARE), ("versions", SAME_VERSIONS)):
+        for key in keys:
+            if content[part].get(key) != here[part].get(key):
+                raise InputError(
+                    compose(
+                        subject=f"{part}.{key}",
+                        value=content[part].get(key),
+                        constraint=f"differs from {here[part].get(key)}, with which this run would measure",
+                        place=str(file),
+                        remedy="measure every case again, without --append",
+                    )
+                )
+    rows: list[Row] = content["rows"]
+    return rows
+
+
 def run(options: argparse.Namespace) -> list[Row]:
     """Measure case after case until the time is up; the record is written after each shape."""
     start = time.monotonic()
-    shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
+    kept = existing_rows(options.json or record.RESULTS / f"{RECORD}.json") if options.append else []
+    left_out = {case_of(row) for row in kept} if options.missing else set()
     token_counts = tuple(map(int, options.tokens.split(",")))
+    shapes = [tuple(map(int, shape.split("x"))) for shape in options.shapes.split(",")]
+    shapes = [shape for shape in shapes if any((*shape, m) not in left_out for m in token_counts)]
     folders = {"qqq": options.qqq, "marlin": options.marlin, "cutlass": options.cutlass}
     present = peers_that_run(folders)
     if options.processes:
@@ -155,16 +210,18 @@ def run(options: argparse.Namespace) -> list[Row]:
     for shape in shapes:
         contenders = make_contenders(shape, token_counts, present, folders)
         for num_tokens in token_counts:
+            if (*shape, num_tokens) in left_out:
+                continue
             if time.monotonic() - start > options.seconds:
                 print(f"time is up before {shape}, {num_tokens} tokens", file=sys.stderr)
-                return rows
+                return merged(kept, rows)
             found = measure(contenders, num_tokens, *shape)
             rows += found
             print(describe_case(found, time.monotonic() - start), flush=True)
-        record.write(RECORD, rows, to=options.json)
+        record.write(RECORD, merged(kept, rows), to=options.json)
         del contenders
         torch.cuda.empty_cache()
-    return rows
+    return merged(kept, rows)
 
 
 def describe_case(rows: list[Row], elapsed_s: float) -> str:
@@ -189,8 +246,12 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--qqq", help="csrc/ of the repository of QQQ")
     parser.add_argument("--marlin", help="marlin/ of the repository of Marlin")
     parser.add_argument("--cutlass", help="include/ of the repository of CUTLASS, needed until compiled")
+    parser.add_argument("--append", action="store_true", help="keep the rows of an existing record")
+    parser.add_argument("--missing", action="store_true", help="with --append: measure only cases it lacks")
     parser.add_argument("--json", type=Path, help="write the record here instead of benchmarks/results")
     options = parser.parse_args(arguments)
+    if options.missing and not options.append:
+        parser.error("--missing needs --append: without it no case is there already")
     record.write(RECORD, run(options), to=options.json)
 
 
