@@ -18,9 +18,8 @@ from benchmarks.kernels.timing import Batch, Contender, num_copies
 from benchmarks.kernels.weight_only_uniform import Packed, cold_layers, gate_of
 from quattuor.kernels import lut_linear
 from quattuor.kernels.dispatch import Operand, describe_device
-from quattuor.kernels.lut_linear import LutProblem, Plan
+from quattuor.kernels.lut_linear import LutProblem
 from quattuor.kernels.lut_linear.reference import decoded_weight
-from quattuor.kernels.lut_linear.triton import MANY_TOKENS
 
 __all__ = ["FORMATS", "SPARSE_SHARE", "Table", "compile_all", "layers_of", "problem_of", "tables"]
 
@@ -85,15 +84,10 @@ def single_entries(shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
     return row_offsets, columns, torch.randn(columns.shape, device="cuda").half()
 
 
-def plan_of(problem: LutProblem, num_tokens: int) -> Plan:
-    """Return the plan of the kernel that is meant for a token count."""
-    return lut_linear.plan(problem, force="triton" if num_tokens < MANY_TOKENS else "decoded")
-
-
 def layers_of(shape: tuple[int, int], kind: Table, num_layers: int | None = None) -> tuple[Tensor, list[Operand]]:
     """Return the weight of a random layer as float32, and enough packed layers, it first, to stay cold."""
     problem = problem_of(shape, kind)
-    plan = plan_of(problem, 1)
+    plan = lut_linear.plan(problem)
     codes = torch.randint(2**kind.bits, shape, device="cuda", dtype=torch.uint8)
     table = torch.randn(shape[0], problem.num_groups, problem.table_size, device="cuda").half()
     offset = torch.randn(shape[0], problem.num_groups, device="cuda").half() if kind.offset else None
@@ -111,17 +105,11 @@ def layers_of(shape: tuple[int, int], kind: Table, num_layers: int | None = None
 def tables(shape: tuple[int, int], kinds: Sequence[Table] = FORMATS) -> Iterator[Packed]:
     """Prepare Quattuor's layers of each format."""
     for kind in kinds:
-        few, many = (plan_of(problem_of(shape, kind), num_tokens) for num_tokens in (1, MANY_TOKENS))
+        plan = lut_linear.plan(problem_of(shape, kind))
         decoded, layers = layers_of(shape, kind)
 
-        def plan(num_tokens: int, few=few, many=many) -> Plan:
-            return few if num_tokens < MANY_TOKENS else many
-
         def run(batch: Batch, i: int, plan=plan, layers=layers) -> Tensor:
-            return plan(len(batch.x)).linear(batch.x, layers[i % len(layers)])
-
-        def describe(num_tokens: int, plan=plan) -> str:
-            return plan(num_tokens).implementation(num_tokens)
+            return plan.linear(batch.x, layers[i % len(layers)])
 
         yield Packed(
             contender=Contender(
@@ -130,7 +118,7 @@ def tables(shape: tuple[int, int], kinds: Sequence[Table] = FORMATS) -> Iterator
                 includes_activation_quantization=False,
                 copies=len(layers),
                 gate=gate_of(run, decoded),
-                describe=describe,
+                describe=plan.implementation,
                 run=run,
             ),
             format=kind.name,
@@ -144,7 +132,7 @@ def compile_one(job: tuple[Table, int]) -> None:
     """Run one format once at a token count, on a small layer."""
     kind, num_tokens = job
     shape = (1024, 4096)
-    plan = plan_of(problem_of(shape, kind), num_tokens)
+    plan = lut_linear.plan(problem_of(shape, kind))
     _, layers = layers_of(shape, kind, num_layers=1)
     plan.linear(torch.randn(num_tokens, shape[1], device="cuda").half(), layers[0])
     torch.cuda.synchronize()

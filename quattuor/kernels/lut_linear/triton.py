@@ -90,10 +90,6 @@ class Tiles(Implementation):
     def supports(self, problem: LutProblem) -> str | None:
         return reason_against(problem)
 
-    def declines(self, problem: LutProblem, tokens: TokenRange) -> str | None:
-        # Interpreter and assembly checks are no proof: what never ran on a device is not chosen silently.
-        return "has not run on a GPU since it was rewritten; force it to try it"
-
     def prepare(self, problem: LutProblem, *tensors: Tensor | None) -> dict[str, Tensor]:
         return prepare_tiles(problem, *tensors)
 
@@ -111,7 +107,7 @@ class Triton(Tiles):
     def declines(self, problem: LutProblem, tokens: TokenRange) -> str | None:
         if tokens.first >= MANY_TOKENS:
             return "unpacks the weight for every 16 tokens; decoding it once costs less"
-        return super().declines(problem, tokens)
+        return None
 
     def linear(
         self,
