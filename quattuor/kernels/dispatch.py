@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from quattuor.errors import InputError, UnsupportedError, compose
+from quattuor.kernels.launch import is_recording
 
 __all__ = [
     "MAX_IN_FEATURES",
@@ -195,7 +196,7 @@ def is_plain_call(x: Tensor) -> bool:
     A registered operator shows a call to compilers, tracers, fake tensors and autograd. PyTorch takes about ten
     times as long to call one as a function, and longer than a small layer takes on a GPU.
     """
-    if torch.compiler.is_compiling() or is_in_torch_dispatch_mode():
+    if torch.compiler.is_compiling() or (is_in_torch_dispatch_mode() and not is_recording()):
         return False
     return type(x) is Tensor and not (x.requires_grad and torch.is_grad_enabled())
 

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quattuor.kernels.launch import launcher
 from quattuor.kernels.lut_linear.layout import ONE_GROUP, block_k, num_tiles, piece_of
 from quattuor.kernels.lut_linear.problem import LutProblem
 from quattuor.kernels.lut_linear.products import load_table
@@ -106,7 +107,7 @@ def decode_rows(
     packed, table, is_planes = operand["packed"], operand["table"], problem.kind == "planes"
     piece, tiles, block = piece_of(problem), num_tiles(problem), block_k(problem)
     num_blocks = packed.shape[1] // tiles
-    decode_kernel[(triton.cdiv(len(out), ROWS), num_blocks * (64 // piece))](
+    launcher(decode_kernel, (triton.cdiv(len(out), ROWS), num_blocks * (64 // piece)))(
         packed,
         table,
         operand.get("offset", table),
@@ -130,7 +131,7 @@ def decode_rows(
     )
     if "values" in operand:
         row_offsets = operand["row_offsets"][first_row:]
-        add_entries_kernel[(len(out),)](
+        launcher(add_entries_kernel, (len(out),))(
             row_offsets, operand["columns"], operand["values"], out, problem.in_features, CHUNK=CHUNK, num_warps=1
         )
 

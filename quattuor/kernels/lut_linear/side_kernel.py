@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
+from quattuor.kernels.launch import launcher
 from quattuor.kernels.lut_linear.problem import LutProblem
 
 __all__ = ["has_constant", "side_kernel", "side_of", "sums_kernel", "sums_of"]
@@ -87,7 +88,7 @@ def sums_of(x: Tensor, num_units: int, unit: int) -> Tensor:
     num_tokens, in_features = x.shape
     sums = torch.empty(num_units, num_tokens, dtype=torch.float32, device=x.device)
     block = triton.next_power_of_2(unit)
-    sums_kernel[(num_units, num_tokens)](
+    launcher(sums_kernel, (num_units, num_tokens))(
         x, sums, num_tokens, in_features, x.stride(0), unit, BLOCK=block, num_warps=1
     )
     return sums
@@ -100,7 +101,7 @@ def side_of(
     num_tokens, in_features = x.shape
     table = operand["table"]
     side = torch.empty(num_tokens, padded_rows, dtype=torch.float32, device=x.device)
-    side_kernel[(padded_rows // SIDE_ROWS, num_tokens)](
+    launcher(side_kernel, (padded_rows // SIDE_ROWS, num_tokens))(
         x,
         table,
         operand.get("offset", table),

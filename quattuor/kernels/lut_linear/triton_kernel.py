@@ -15,6 +15,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
+from quattuor.kernels.launch import launcher
 from quattuor.kernels.lut_linear.layout import ONE_GROUP, block_k, num_tiles, piece_of, unit_of
 from quattuor.kernels.lut_linear.problem import LutProblem
 from quattuor.kernels.lut_linear.products import add_entries, add_planes, load_scales, load_table
@@ -213,7 +214,7 @@ def launch(
     if tile.split > 1:
         shape = (num_parts * tile.split * tile.rows * tile.tokens,)
         partial = torch.empty(shape, dtype=torch.float32, device=out.device)
-    lut_kernel[(num_parts, tile.split)](
+    launcher(lut_kernel, (num_parts, tile.split))(
         x,
         packed,
         table,

@@ -9,6 +9,8 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from quattuor.kernels.launch import launcher
+
 __all__ = ["quantize_tokens", "rms_norm_quantize_tokens", "silu_mul_quantize_tokens"]
 
 #: Elements that a program holds in registers at once; longer tokens are walked in several steps.
@@ -225,7 +227,9 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
         return codes, scale.zero_()
     if num_tokens:
         x = rows_contiguous(x)
-        token_quantize_kernel[(num_tokens,)](x, codes, scale, in_features, x.stride(0), **launch_options(x))
+        launcher(token_quantize_kernel, (num_tokens,))(
+            x, codes, scale, in_features, x.stride(0), **launch_options(x)
+        )
     return codes, scale
 
 
@@ -239,7 +243,7 @@ def rms_norm_quantize_tokens(
     if num_tokens:
         x = rows_contiguous(x)
         other = x if residual is None else rows_contiguous(residual)
-        rms_norm_quantize_kernel[(num_tokens,)](
+        launcher(rms_norm_quantize_kernel, (num_tokens,))(
             x,
             other,
             weight.contiguous(),
@@ -262,7 +266,7 @@ def silu_mul_quantize_tokens(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     num_tokens, in_features = gate.shape
     if num_tokens:
         gate, up = rows_contiguous(gate), rows_contiguous(up)
-        silu_mul_quantize_kernel[(num_tokens,)](
+        launcher(silu_mul_quantize_kernel, (num_tokens,))(
             gate, up, codes, scale, in_features, gate.stride(0), up.stride(0), **launch_options(gate)
         )
     return codes, scale

@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quattuor.kernels.launch import launcher
 from quattuor.kernels.w4a16_linear.planes import TILE_ROWS, Layout
 from quattuor.kernels.w4a16_linear.unpacking import (
     arity,
@@ -251,7 +252,7 @@ def launch_decode(
     """Fill `out` [N, K] with the weight; arguments as for `launch`."""
     out_features, in_features = out.shape
     rows = 64
-    decode_kernel[(triton.cdiv(out_features, rows), packed.shape[1])](
+    launcher(decode_kernel, (triton.cdiv(out_features, rows), packed.shape[1]))(
         packed,
         scale,
         scale if zero_point is None else zero_point,

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from quattuor.kernels.launch import launcher
 from quattuor.kernels.w4a16_linear.decode_kernel import (
     INTEGER,
     MIDDLE,
@@ -250,7 +251,7 @@ def launch(
     if tile.split > 1:
         shape = (num_tiles * tile.split * tile.rows * tile.tokens,)
         partial = torch.empty(shape, dtype=torch.float32, device=out.device)
-    w4a16_kernel[(num_tiles, tile.split)](
+    launcher(w4a16_kernel, (num_tiles, tile.split))(
         x,
         packed,
         scale,
