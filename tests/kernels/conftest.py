@@ -27,11 +27,12 @@ def make_layer(
     bits: int = 4,
     group_size: int | None = None,
     integer: bool = False,
+    clamps: bool = True,
     seed: int = 0,
     device: str = "cpu",
     **fields: object,
 ) -> Layer:
-    """Random codes over the whole range, scales of both signs, group scales that round and clamp."""
+    """Random codes over the whole range, scales of both signs, group scales that round, and clamp unless told."""
     generator = torch.Generator().manual_seed(seed)
     half = 2 ** (bits - 1)
     codes = torch.randint(-half, half, (out_features, in_features), generator=generator, dtype=torch.int8)
@@ -46,6 +47,8 @@ def make_layer(
             group_scale.view(-1)[0] = 2 ** (8 - bits)  # the largest, legal only when positive
         else:
             group_scale = (torch.randn(shape, generator=generator) * 127 / half).half()
+            if not clamps:
+                group_scale = group_scale.clamp(-127 / half, 128 / half)
     problem = LinearProblem(
         out_features=out_features,
         in_features=in_features,

@@ -12,7 +12,15 @@ from quattuor.kernels.dispatch import Implementation, LinearProblem, TokenRange
 from quattuor.kernels.w4a8_linear import measured
 from quattuor.kernels.w4a8_linear.hopper import choose_hopper_tile, make_schedule
 from quattuor.kernels.w4a8_linear.narrow import width_of
-from quattuor.kernels.w4a8_linear.planes import BLOCK_K, PLANE_K, STORED_BITS, HopperTile, mode_of, prepare_planes
+from quattuor.kernels.w4a8_linear.planes import (
+    BLOCK_K,
+    PLANE_K,
+    STORED_BITS,
+    HopperTile,
+    group_scale_of,
+    mode_of,
+    prepare_planes,
+)
 from quattuor.kernels.w4a8_linear.triton import processors
 
 __all__ = ["Gluon"]
@@ -86,6 +94,7 @@ class Gluon(Implementation):
         if not is_regular or row_stride % 16 or x_codes.data_ptr() % 16:
             x_codes = x_codes.clone(memory_format=torch.contiguous_format)
         tile = tile_for(problem, num_tokens, x_codes.device)
+        mode, group_scale = group_scale_of(problem, operand)
         num_blocks = -(-problem.in_features // BLOCK_K)
         num_tiles = -(-problem.out_features // tile.rows) * -(-num_tokens // tile.tokens)
         programs = processors(x_codes.device)[0] * tile.per_processor
@@ -95,11 +104,11 @@ class Gluon(Implementation):
                 x_scale.contiguous(),
                 operand["packed"],
                 operand["scale"],
-                operand.get("group_scale"),
+                group_scale,
                 operand["arrivals"],
                 bias if bias is None else bias.contiguous(),
                 out,
-                mode=mode_of(problem),
+                mode=mode,
                 group_size=problem.group_size,
                 num_blocks=num_blocks,
                 tile=tile,

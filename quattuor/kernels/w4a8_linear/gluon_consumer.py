@@ -19,18 +19,18 @@ from triton.language.extra.cuda import gdc_wait
 from quattuor.kernels.w4a8_linear.gluon_schedule import num_items, place, share
 from quattuor.kernels.w4a8_linear.unpacking import (
     HIGH_CHANNEL,
-    HIGH_HALF,
     HIGH_INTEGER,
     LOW_CHANNEL,
-    LOW_HALF,
     LOW_INTEGER,
+    half_assembly,
 )
 
-__all__ = ["CHANNEL", "HALF", "INTEGER", "consume"]
+__all__ = ["CHANNEL", "CLAMPED", "HALF", "INTEGER", "consume"]
 
 CHANNEL = gl.constexpr(0)
 INTEGER = gl.constexpr(1)
 HALF = gl.constexpr(2)
+CLAMPED = gl.constexpr(3)
 
 
 @gluon.jit
@@ -52,7 +52,7 @@ def unpack(packed, group_scale, HIGH: gl.constexpr, MODE: gl.constexpr):
         )
     else:
         operand = gl.inline_asm_elementwise(
-            HIGH_HALF if HIGH else LOW_HALF,
+            half_assembly(HIGH, MODE == CLAMPED),
             "=r,r,r,r,r,r",
             [packed, group_scale],
             dtype=gl.int8,
@@ -68,7 +68,7 @@ def load_group_scale(group_smem, first_row: gl.constexpr, layout: gl.constexpr, 
     ROWS: gl.constexpr = 64
     flat = group_smem.reshape((group_smem.shape[1],)).slice(first_row, ROWS)
     value = flat.load(gl.SliceLayout(1, layout))
-    if MODE == HALF:
+    if MODE != INTEGER:
         bits = value.to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF
         value = bits | (bits << 16)
     else:

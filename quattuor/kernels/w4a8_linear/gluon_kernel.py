@@ -19,14 +19,14 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quattuor.kernels.launch import launcher
-from quattuor.kernels.w4a8_linear.gluon_consumer import CHANNEL, HALF, INTEGER, consume
+from quattuor.kernels.w4a8_linear.gluon_consumer import CHANNEL, CLAMPED, HALF, INTEGER, consume
 from quattuor.kernels.w4a8_linear.gluon_schedule import num_items, place, share
 from quattuor.kernels.w4a8_linear.hopper import Schedule
 from quattuor.kernels.w4a8_linear.planes import HopperTile
 
 __all__ = ["MODES", "launch", "w4a8_hopper_kernel"]
 
-MODES = {"channel": CHANNEL, "integer": INTEGER, "half": HALF}
+MODES = {"channel": CHANNEL, "integer": INTEGER, "half": HALF, "clamped": CLAMPED}
 
 BULK_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
 OUT_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)

@@ -18,12 +18,11 @@ from quattuor.kernels.launch import launcher
 from quattuor.kernels.w4a8_linear.narrow import BLOCKS
 from quattuor.kernels.w4a8_linear.planes import Tile
 from quattuor.kernels.w4a8_linear.unpacking import (
-    HIGH_HALF,
     HIGH_INTEGER,
-    LOW_HALF,
     LOW_INTEGER,
     PREFETCH_LINE,
     bulk_prefetch_assembly,
+    half_assembly,
     joined_assembly,
     plane_assembly,
 )
@@ -33,11 +32,12 @@ __all__ = ["MAX_SUM_TOKENS", "MODES", "OVERLAPS", "launch", "w4a8_kernel"]
 # How the kernel turns stored bytes into int8 operands.
 CHANNEL = tl.constexpr(0)  # b bits; operand = 2^(8-b) * code, by which the channel scale is divided
 INTEGER = tl.constexpr(1)  # nibbles; operand = code * r, r an integer in -15 .. 16
-HALF = tl.constexpr(2)  # nibbles; operand = clamp(rne(code * float16 group scale))
+HALF = tl.constexpr(2)  # nibbles; operand = rne(code * float16 group scale), which is an int8
 BYTE = tl.constexpr(3)  # int8 operands as stored
 SUMS = tl.constexpr(4)  # b bits; operand as in CHANNEL, and the sum over a plane is scaled by r, after 2^(b-8)
+CLAMPED = tl.constexpr(5)  # nibbles; operand = clamp(rne(code * float16 group scale))
 
-MODES = {"channel": CHANNEL, "integer": INTEGER, "half": HALF, "byte": BYTE, "sums": SUMS}
+MODES = {"channel": CHANNEL, "integer": INTEGER, "half": HALF, "byte": BYTE, "sums": SUMS, "clamped": CLAMPED}
 
 #: Blocks of the weight that each program fetches to L2 while the kernel before this one drains.
 BLOCKS_AHEAD = tl.constexpr(4)
@@ -80,7 +80,7 @@ def unpack(packed, group_scale, HIGH: tl.constexpr, MODE: tl.constexpr, ASM: tl.
     else:
         if ASM:
             operand = tl.inline_asm_elementwise(
-                HIGH_HALF if HIGH else LOW_HALF,
+                half_assembly(HIGH, MODE == CLAMPED),
                 "=r,r,r,r,r,r",
                 [packed, group_scale],
                 dtype=tl.int8,
@@ -142,7 +142,7 @@ def load_group_scale(group_scale, first_k, row, column, N_PADDED, GROUP_SIZE: tl
     else:
         group = (first_k + column) // GROUP_SIZE
         value = tl.load(group_scale + group[None, :] * N_PADDED + row[:, None])
-    if MODE == HALF:
+    if MODE != INTEGER:
         bits = value.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
         value = bits | (bits << 16)
     else:

@@ -19,7 +19,7 @@ from quattuor.kernels.w4a8_linear.hopper import CUTS, choose_hopper_tile, make_s
 from quattuor.kernels.w4a8_linear.planes import HopperTile, mode_of
 
 LAYOUT = "NVMMASharedLayout(swizzle_byte_width={}, element_bitwidth={}, rank=2)"
-GROUP_SCALE = {"integer": ("i8", 8), "half": ("fp16", 16)}
+GROUP_SCALE = {"integer": ("i8", 8), "half": ("fp16", 16), "clamped": ("fp16", 16)}
 
 
 def compile_tile(mode, tile):
@@ -111,6 +111,7 @@ TILES = {
         pytest.param("integer", "tall", marks=pytest.mark.slow),
         pytest.param("half", "square", marks=pytest.mark.slow),
         pytest.param("half", "tall half", marks=pytest.mark.slow),
+        pytest.param("clamped", "square", marks=pytest.mark.slow),
     ],
 )
 def test_machine_code(mode, name):
@@ -126,7 +127,9 @@ def test_machine_code(mode, name):
     assert binary.count("UTMALDG") == 2 * tile.rows // 128 + (2 if mode == "channel" else 4)
     assert binary.count("UTMASTG") == 2 * tile.blocks * tile.spans
     assert binary.count("STSM") > 0
-    assert binary.count("PRMT") <= (500 if mode == "half" else 16)
+    # float16 products are joined by one permutation for four codes; no other mode permutes bytes
+    assert binary.count("PRMT") <= 16 + (64 * tile.blocks * bodies if mode in ("half", "clamped") else 0)
+    assert (binary.count("HMNMX2") > 0) == (mode == "clamped")
     # sums are exchanged 8 bytes for a thread at a time
     assert binary.count(r"STG\.E\.64") == 2 * tile.blocks * tile.tokens // 4
     assert binary.shared_bytes <= tile.shared_limit

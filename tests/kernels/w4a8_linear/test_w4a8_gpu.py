@@ -40,11 +40,20 @@ def assert_equal_bits(made, name, x_codes, x_scale, bias, out_dtype):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("bits", range(2, 9))
 @pytest.mark.parametrize(
-    ("group_size", "integer"), [(None, False), (32, True), (128, True), (64, False), (128, False)]
+    ("group_size", "integer", "clamps"),
+    [
+        (None, False, False),
+        (32, True, False),
+        (128, True, False),
+        (64, False, True),
+        (128, False, True),
+        (128, False, False),
+    ],
 )
 @pytest.mark.parametrize("num_tokens", [1, 40, 200])
-def test_widths(layer, inputs, name, bits, group_size, integer, num_tokens):
-    made = layer(391, 1296, bits=bits, group_size=group_size, integer=integer, seed=num_tokens, device="cuda")
+def test_widths(layer, inputs, name, bits, group_size, integer, clamps, num_tokens):
+    scales = {"group_size": group_size, "integer": integer, "clamps": clamps}
+    made = layer(391, 1296, bits=bits, **scales, seed=num_tokens, device="cuda")
     x_codes, x_scale = inputs(num_tokens, 1296, seed=bits, device="cuda")
     bias = torch.randn(391, device="cuda", dtype=torch.float16)
     assert_equal_bits(made, name, x_codes, x_scale, bias, torch.float16)

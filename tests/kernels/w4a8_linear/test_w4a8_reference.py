@@ -6,6 +6,7 @@ import torch
 
 from quattuor.kernels import w4a8_linear
 from quattuor.kernels.dispatch import LinearProblem
+from quattuor.kernels.w4a8_linear.planes import group_scale_of, prepare_planes
 
 
 @pytest.mark.parametrize(("bits", "group_size", "integer"), [(4, None, False), (3, 4, False), (4, 4, True)])
@@ -37,3 +38,18 @@ def test_group_products_round_half_to_even_and_clamp():
     operand = plan.prepare(codes, torch.ones(1), group_scale)
     out = plan.linear(torch.eye(4, dtype=torch.int8), torch.ones(4), operand)
     assert out.flatten().tolist() == [0.0, 2.0, 127.0, -128.0]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "mode"),
+    [(-15.875, 16.0625, "half"), (0.0, 15.0, "half"), (-15.9375, 0.0, "clamped"), (0.0, 16.078125, "clamped")],
+)
+def test_only_scales_whose_products_leave_int8_are_clamped(low, high, mode):
+    scale = torch.tensor([[low, high]], dtype=torch.float16)
+    product = (torch.arange(-8, 8).float()[:, None] * scale.float()).round()
+    assert (product.min() >= -128 and product.max() <= 127) == (mode == "half")
+    problem = LinearProblem(out_features=1, in_features=256, group_size=128)
+    tensors = prepare_planes(problem, torch.zeros(1, 256, dtype=torch.int8), torch.ones(1), scale)
+    found, group_scale = group_scale_of(problem, tensors)
+    assert found == mode
+    assert torch.equal(group_scale[:, 0], scale[0])
