@@ -177,8 +177,8 @@ STREAM = 3
 class Replay:
     """A recorded call. Its tokens have the number, dtype, device and alignment of those it was recorded with."""
 
-    def __init__(self, recorder: Recorder, x: Tensor, out: Tensor) -> None:
-        """Lay out scratch memory and arguments of a recording without obstacle."""
+    def __init__(self, recorder: Recorder, x: Tensor, out: Tensor, shape: torch.Size) -> None:
+        """Lay out scratch memory and arguments of a recording without obstacle, for outputs of a shape."""
         places, size = [(x.data_ptr(), x.nbytes, Address(0, 0)), (out.data_ptr(), out.nbytes, Address(1, 0))], 0
         for tensor in recorder.allocations:
             if tensor.data_ptr() != out.data_ptr():
@@ -186,10 +186,10 @@ class Replay:
                 size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
         self._places = [place for place in places if place[1]]
         self._scratch_bytes = size
-        self._dtype, self._device = out.dtype, out.device
+        self._shape, self._dtype, self._device = shape, out.dtype, out.device
         self._device_index = out.get_device()
         self._kept: list[Tensor] = []
-        self._kernels = [launch.kernel for launch in recorder.launches]
+        self._hooks = [launch.kernel.pre_run_hooks for launch in recorder.launches]
         self._steps = [self._step(launch) for launch in recorder.launches]
         del self._places
 
@@ -233,17 +233,15 @@ class Replay:
         self._kept.append(tensor)
         return None
 
-    @property
-    def is_current(self) -> bool:
-        """Whether the kernels still have nothing to run before them."""
-        return not any(kernel.pre_run_hooks for kernel in self._kernels)
-
-    def __call__(self, x: Tensor, shape: Sequence[int]) -> Tensor:
-        """Return the output of the call for other tokens, in a shape."""
-        out = torch.empty(shape, dtype=self._dtype, device=self._device)
+    def __call__(self, x: Tensor) -> Tensor | None:
+        """Return the output for other tokens, or None when kernels have something to run before them."""
+        for hooks in self._hooks:
+            if hooks:
+                return None
+        out = torch.empty(self._shape, dtype=self._dtype, device=self._device)
         scratch = torch.empty(self._scratch_bytes, dtype=torch.uint8, device=self._device)
         bases = (x.data_ptr(), out.data_ptr(), scratch.data_ptr())
-        stream = torch._C._cuda_getCurrentRawStream(self._device_index)
+        stream = _stream(self._device_index)
         for run, template, holes, descriptors in self._steps:
             arguments = template.copy()
             arguments[STREAM] = stream
@@ -280,7 +278,7 @@ class Replays:
 
     def __init__(self) -> None:
         """Begin with nothing."""
-        self._found: dict[tuple[int, ...], Replay | None] = {}
+        self._found: dict[tuple[torch.Size, int, int], Replay | None] = {}
 
     def __reduce__(self) -> tuple[type["Replays"], tuple[()]]:
         """Leave addresses behind: they belong to this process and this layer."""
@@ -297,40 +295,39 @@ class Replays:
             bias: [N] or None.
             out_features: N.
         """
-        num_tokens = x.numel() // x.shape[-1] if x.shape[-1] else 0
-        if not 0 < num_tokens <= MOST_TOKENS or not x.is_cuda or not x.is_contiguous():
+        key = (x.shape, x.data_ptr() % POINTER_ALIGNMENT, 0 if bias is None else bias.data_ptr())
+        replay = self._found.get(key)
+        if replay is not None:
+            return replay(x) if x.is_contiguous() and _is_ready(x) else None
+        if key in self._found or not 0 < x.numel() <= MOST_TOKENS * x.shape[-1]:
             return None
-        if torch.cuda.current_device() != x.get_device() or not _is_undisturbed():
+        if not x.is_contiguous() or not _is_ready(x):
             return None
-        key = (num_tokens, x.data_ptr() % POINTER_ALIGNMENT, -1 if bias is None else bias.data_ptr())
-        shape = (*x.shape[:-1], out_features)
-        if key not in self._found:
-            return self._record(key, compute, x, bias).view(shape)
-        replay = self._found[key]
-        return None if replay is None or not replay.is_current else replay(x, shape)
-
-    def _record(
-        self,
-        key: tuple[int, ...],
-        compute: Callable[[Tensor, Tensor | None], Tensor],
-        x: Tensor,
-        bias: Tensor | None,
-    ) -> Tensor:
-        """Call once, and keep how to call again."""
         rows = x.view(-1, x.shape[-1])
         with Recorder() as recorder:
             out = compute(rows, bias)
-        self._found[key] = None if _obstacle(recorder, rows, out) else Replay(recorder, rows, out)
-        return out
+        y = out.view(*x.shape[:-1], out_features)
+        self._found[key] = None if _obstacle(recorder, rows, out) else Replay(recorder, rows, out, y.shape)
+        return y
 
 
-def _is_undisturbed() -> bool:
-    """Return whether launches can be replayed: by a Triton that is known, with no profiler in between."""
+def _is_ready(x: Tensor) -> bool:
+    """Return whether launches for tokens can be replayed: on the current device, by a Triton that is known.
+
+    A hook, a profiler's for example, expects what Triton would tell it.
+    """
+    if not x.is_cuda or torch.cuda.current_device() != x.get_device():
+        return False
     runtime = _known_runtime()
     if runtime is None:
         return False
-    hooks = (runtime.launch_enter_hook, runtime.launch_exit_hook)
-    return not any(hook is not None and getattr(hook, "calls", True) for hook in hooks)
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return not (getattr(enter, "calls", True) or getattr(leave, "calls", True))
+
+
+def _stream(device_index: int) -> int:
+    """Return the current stream of a device."""
+    return torch._C._cuda_getCurrentRawStream(device_index)
 
 
 _runtime: list[Any] = []

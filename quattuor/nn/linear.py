@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The module that replaces a linear: packed weight, activation quantizer, kernel plan."""
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, cast
 
@@ -9,12 +10,29 @@ from torch import Tensor, nn
 
 from quattuor.activations.base import ActivationQuantizer
 from quattuor.errors import InputError, UnsupportedError
-from quattuor.kernels.dispatch import Row
+from quattuor.kernels.dispatch import Row, is_plain_call
 from quattuor.nn.execution import Execution, make_execution
 from quattuor.nn.layout import LinearLayout
+from quattuor.nn.prepared import Prepared
 from quattuor.quantized_tensor import QuantizedTensor
 
-__all__ = ["QuantizedLinear"]
+__all__ = ["OutputSource", "QuantizedLinear"]
+
+
+class OutputSource(ABC):
+    """What computes the outputs of a linear together with those of others."""
+
+    @abstractmethod
+    def output(self, member: nn.Module, x: Tensor) -> Tensor | None:
+        """Return what a member gives for tokens, or None when it must compute for itself."""
+
+    @abstractmethod
+    def explain(self, device: torch.device) -> list[Row]:
+        """Return which kernel computes which token counts, and why not the others."""
+
+    @abstractmethod
+    def dissolve(self) -> None:
+        """Let the members compute for themselves from now on."""
 
 
 class QuantizedLinear(nn.Module):
@@ -51,6 +69,7 @@ class QuantizedLinear(nn.Module):
             self.register_buffer(key, tensor)
         self.register_buffer("bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None)
         self.force: str | None = None
+        self.shared: OutputSource | None = None
         self._forget()
 
     @classmethod
@@ -88,20 +107,37 @@ class QuantizedLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return y in the dtype of x; any number of leading dimensions."""
         if torch.compiler.is_compiling():
-            self._prepare_while_tracing(x.device, x.dtype)
-        else:
-            self._prepare(x.device, x.dtype)
-        execution, tensor = self._execution, self._extras
-        assert execution is not None, "prepared above"
+            return self._traced(x)
+        if self.shared is not None and is_plain_call(x):
+            y = self.shared.output(self, x)
+            if y is not None:
+                return y
+        self._prepare(x.device, x.dtype)
+        prepared, tensor = self._prepared, self._extras
+        assert prepared is not None, "prepared above"
+        bias = self._buffers["bias"]  # an attribute of a module takes longer to find
+        if tensor is None:
+            return prepared(x, bias)
+        y = _with_extras(prepared.execution, tensor, x.reshape(-1, self.in_features), bias)
+        return y.view(*x.shape[:-1], self.out_features)
+
+    def _traced(self, x: Tensor) -> Tensor:
+        """Do what `forward` does, in few steps for the compiler that traces them."""
+        self._prepare_while_tracing(x.device, x.dtype)
+        prepared, tensor = self._prepared, self._extras
+        assert prepared is not None, "prepared above"
         rows = x.reshape(-1, self.in_features)
         bias = cast(Tensor | None, self.bias)
-        if tensor is None and torch.compiler.is_compiling():
-            y = execution.traced_linear(rows, bias, x.dtype)
-        elif tensor is None:
-            y = execution.linear(rows, bias, x.dtype)
+        if tensor is None:
+            y = prepared.execution.traced_linear(rows, bias, x.dtype)
         else:
-            y = _with_extras(execution, tensor, rows, bias)
+            y = _with_extras(prepared.execution, tensor, rows, bias)
         return y.view(*x.shape[:-1], self.out_features)
+
+    def share(self, product: OutputSource | None) -> None:
+        """Take outputs from a product with other linears, or with None compute them alone."""
+        self.shared = product
+        self._forget()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
         """Move and cast like any module, but never cast the packed weight: a rounded scale is another weight."""
@@ -120,7 +156,12 @@ class QuantizedLinear(nn.Module):
         self._forget()
 
     def explain(self) -> list[Row]:
-        """Return which kernel computes which token counts on this module's device, and why not the others."""
+        """Return which kernel computes which token counts on this module's device, and why not the others.
+
+        Where the module takes its outputs from a product with others, the rows are those of the product.
+        """
+        if self.shared is not None and self.force is None:
+            return self.shared.explain(self.get_buffer("packed").device)
         return self._make_execution(self.get_buffer("packed").device, torch.float32).explain()
 
     def use_kernel(self, name: str | None) -> None:
@@ -146,23 +187,30 @@ class QuantizedLinear(nn.Module):
 
     def _forget(self) -> None:
         """Drop what `_prepare` made; a compiled graph that holds it is traced again."""
-        self._execution: Execution | None = None
+        self._prepared: Prepared | None = None
         self._extras: QuantizedTensor | None = None
         self._prepared_for: tuple[object, ...] | None = None
 
     def _prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """Choose the execution and lay the weight out for it, anew when something changed."""
-        packed = self.get_buffer("packed")
+        packed = self._buffers["packed"]
+        assert packed is not None, "a packed weight has codes"
         key = (device, dtype, self.force, packed.data_ptr(), packed._version)
-        if self._prepared_for != key or self._execution is None:
+        if self._prepared_for != key or self._prepared is None:
             tensor = self.tensor
-            self._execution = self._make_execution(device, dtype).prepared(tensor)
+            execution = self._make_execution(device, dtype).prepared(tensor)
+            self._prepared = Prepared(execution, self.in_features, self.out_features)
             self._extras = tensor if self.layout.extras else None
             self._prepared_for = key
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _prepare_while_tracing(self, device: torch.device, dtype: torch.dtype) -> bool:
-        """Run `_prepare` when a graph is traced, not in the graph; what it made is guarded like any attribute."""
+        """Run `_prepare` when a graph is traced, not in the graph; what it made is guarded like any attribute.
+
+        A graph holds one weight for each linear. A product of several would be a second copy of them.
+        """
+        if self.shared is not None:
+            self.shared.dissolve()
         self._prepare(device, dtype)
         return True
 

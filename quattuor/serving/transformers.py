@@ -27,6 +27,7 @@ from quattuor.checkpoints.skeleton import install_layouts, quantized_linears
 from quattuor.checkpoints.tensors import SafetensorsStore
 from quattuor.errors import CheckpointError, UnsupportedError, compose
 from quattuor.nn.layout import LinearLayout
+from quattuor.nn.sharing import share_inputs
 from quattuor.recipe import Recipe
 
 __all__ = ["QuattuorConfig", "QuattuorQuantizer", "register"]
@@ -133,6 +134,7 @@ class QuattuorQuantizer(HfQuantizer):
                         remedy="download or write the checkpoint again",
                     )
                 )
+        share_inputs(model)
         return model
 
     def is_serializable(self, safe_serialization: bool | None = None) -> bool:

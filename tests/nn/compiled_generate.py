@@ -90,7 +90,7 @@ def measure(model: PreTrainedModel) -> dict[str, Any]:
 
 def tensors_of(linear: QuantizedLinear) -> list[Tensor]:
     """Return the tensors of the weight as the kernel reads them."""
-    operand = getattr(linear._execution, "operand", None)
+    operand = getattr(linear._prepared.execution, "operand", None)
     return [] if operand is None else list(operand.entries.values())
 
 
