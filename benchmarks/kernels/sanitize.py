@@ -6,7 +6,8 @@
 Each case first runs without a checker, which compiles its kernels and compares them with the reference on the CPU,
 bit for bit where the sums are integers. Then it runs under each checker, with one allocation per tensor so that an
 access beyond a tensor is seen. The record has a row for each case and checker; the case `planted` writes beyond
-its tensor on purpose and shows that the memory checker looks.
+its tensor on purpose and shows that the memory checker looks, and `specialized_warps` is a kernel whose warps
+share nothing, so that what is reported of it lies in what the compiler adds for specialized warps.
 """
 
 import argparse
@@ -147,6 +148,13 @@ def planted() -> None:
     token_quantize_kernel[(2,)](x, codes, torch.empty(2, device="cuda"), 256, x.stride(0), **options)
 
 
+def specialized_warps() -> None:
+    """Run the least kernel with specialized warps."""
+    from benchmarks.kernels.specialized import specialized_sum
+
+    assert specialized_sum() == 2 * 128 * (1 + 2 + 3)
+
+
 FOUR_BITS = ((4, None, False), (4, 128, True), (4, 128, False))
 OTHER_BITS = ((2, None, False), (3, None, False), (2, 128, True), (3, 64, False), (6, None, False))
 CASES: dict[str, Callable[[], None]] = {
@@ -158,6 +166,7 @@ CASES: dict[str, Callable[[], None]] = {
     "w4a16_triton": float_products,
     "lut_triton": table_products,
     "token_quantize_triton": quantizations,
+    "specialized_warps": specialized_warps,
     "planted": planted,
 }
 

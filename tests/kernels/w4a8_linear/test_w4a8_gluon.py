@@ -140,6 +140,18 @@ def test_machine_code(mode, name):
         assert loop.count("LDSM.16.M88.4") == 4 * tile.blocks * bodies
 
 
+def test_specialized_warps_read_their_state_behind_all_that_the_kernel_shares():
+    """What racecheck reports of the kernel: bytes of the compiler, between barriers of all warps."""
+    tile = TILES["square"]
+    binary = compile_tile("channel", tile)
+    reads = re.findall(r"LDS\.U8 R\d+, \[R\d+\+UR\d+\+(0x[0-9a-f]+)\]", binary.sass)
+    states = binary.shared_bytes - 8  # a byte for each of eight worker warps, whose numbers begin with 4
+    assert [int(offset, 16) + 4 for offset in reads] == [states]
+    assert binary.sass.count(f"+{states:#x}]") == 2, "written before and after the partitions run"
+    last_barrier = states - 8
+    assert f"+{last_barrier:#x}]" in binary.sass
+
+
 @pytest.mark.parametrize("mode", [{}, {"group_size": 128, "integer_group_scale": True}, {"group_size": 128}])
 def test_tiles_of_unmeasured_layers(mode):
     large = LinearProblem(out_features=28672, in_features=8192, **mode)
