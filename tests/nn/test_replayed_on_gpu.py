@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""On a CUDA device: replayed calls and shared products give the bits of ordinary ones, whatever changes meanwhile."""
+"""On a CUDA device: replayed calls and shared products give the bits of ordinary ones, whatever changes."""
 
 import copy
 
