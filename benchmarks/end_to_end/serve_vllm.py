@@ -8,7 +8,8 @@
 Weights are random, so no model is needed; what they are does not change how long they take. Each format runs in a
 process of its own and is ended after its timeout. The record is written again after each row. `end_to_end_s` is
 the median time of a batch, `prefill_s` of the same batch with one output token: the time to the first token.
-Settings are the same for every format; CUDA graphs are captured for the batches and for one prompt.
+Settings are the same for every format; CUDA graphs are captured for the batches and for one prompt. `weights_gib`
+is what the engine says that the model takes: a format that was not applied shows there.
 
 `--warm` only starts the engines of all formats, a few side by side, and so fills their compile caches; the device
 needs memory for the weights and the largest batch of each. `--profile` adds the kernels of one decode step of
@@ -18,6 +19,7 @@ these batches, in our own formats, to the record `serve_vllm_kernels`.
 import argparse
 import json
 import os
+import re
 import subprocess
 import sys
 import tempfile
@@ -34,6 +36,8 @@ from benchmarks.end_to_end.serving_formats import FORMATS, SHAPES
 __all__ = ["RECORD", "main"]
 
 RECORD, KERNELS = "serve_vllm", "serve_vllm_kernels"
+#: What the engine says when the weights lie on the device.
+LOADED = re.compile(r"Model loading took ([\d.]+) GiB")
 _COMMAND = (sys.executable, "-m", "benchmarks.end_to_end.serve_vllm")
 
 
@@ -51,9 +55,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for name in names:
         print(f"== {name}", flush=True)
         count = len(rows)
+        weights_gib = None
         for line in _worker_lines(name, options):
+            if found := LOADED.search(line):
+                weights_gib = float(found[1])
             if line.startswith(ROW):
-                rows.append(json.loads(line.removeprefix(ROW)))
+                rows.append(json.loads(line.removeprefix(ROW)) | {"weights_gib": weights_gib})
                 _write(RECORD, rows, _path(RECORD, options))
             elif line.startswith(KERNEL):
                 kernels.append(json.loads(line.removeprefix(KERNEL)))

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.end_to_end.serving_formats import model_config
+from benchmarks.end_to_end.serving_formats import FORMATS, model_config
 
 __all__ = ["KERNEL", "ROW", "Row", "decode_kernels", "settings", "tokens_per_second", "work"]
 
@@ -26,7 +26,7 @@ Row = dict[str, str | int | float | bool | None]
 
 
 def settings(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments of the engine, the same for every format."""
+    """Return the arguments of the engine, the same for every format but for its key-value cache."""
     memory = {"gpu_memory_utilization": 0.9}
     if options.only_start:  # beside the other formats; neither setting is in the key of the compile cache
         memory = {"gpu_memory_utilization": 0.3, "num_gpu_blocks_override": 128}
@@ -36,6 +36,7 @@ def settings(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "skip_tokenizer_init": True,
         "load_format": "dummy",
         "dtype": "float16",
+        "kv_cache_dtype": FORMATS[options.worker].kv_cache_dtype,
         "seed": 0,
         "max_model_len": options.input + options.output,
         "max_num_seqs": max(options.batches),

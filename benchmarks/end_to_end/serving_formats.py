@@ -80,9 +80,11 @@ class Format:
     Args:
         quantization: From the number of blocks to the `quantization_config`; None for floating point.
         environment: Variables that the engine needs.
+        kv_cache_dtype: How the engine stores keys and values; "auto" is the type of the activations.
     """
 
     quantization: Callable[[int], Mapping[str, Any]] | None = None
+    kv_cache_dtype: str = "auto"
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -117,6 +119,8 @@ def _gptq(_: int) -> Mapping[str, Any]:
         "group_size": 128,
         "desc_act": False,
         "sym": True,
+        # the engine reads from the weights which layers are quantized, and random ones have no file
+        "modules_in_block_to_quantize": list(_LINEARS),
     }
 
 
@@ -148,6 +152,7 @@ def _humming(_: int) -> Mapping[str, Any]:
 FORMATS: dict[str, Format] = {
     "quattuor_w4a8": Format(quantization=_ours),
     "quattuor_w4a8_g128": Format(quantization=lambda blocks: _ours(blocks, 128)),
+    "quattuor_w4a8_kv8": Format(quantization=_ours, kv_cache_dtype="fp8"),
     "quattuor_w4a8_unfused": Format(quantization=_ours, environment={FUSE_VARIABLE: "0"}),
     "quattuor_w4a8_operators": Format(quantization=_ours, environment={FUSE_VARIABLE: "operators"}),
     "fp16": Format(),

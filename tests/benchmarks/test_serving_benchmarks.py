@@ -4,10 +4,12 @@
 import json
 import math
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from transformers import AutoConfig
+import torch
+from transformers import AutoConfig, PreTrainedModel
 
 from benchmarks.end_to_end import serve_equality, serve_plots, serve_vllm, serve_worker
 from benchmarks.end_to_end.serving_formats import FORMATS, SHAPES, model_config
@@ -32,6 +34,15 @@ def test_only_fp16_is_not_quantized() -> None:
         assert group["input_activations"]["dynamic"] is True
 
 
+def test_gptq_names_its_layers_since_random_weights_have_no_file() -> None:
+    for name in ("w4a16", "w4a8_marlin"):
+        config = model_config("llama-2-13b", name)["quantization_config"]
+        assert set(config["modules_in_block_to_quantize"]) == {
+            *(f"self_attn.{part}_proj" for part in "qkvo"),
+            *(f"mlp.{part}_proj" for part in ("gate", "up", "down")),
+        }
+
+
 def event(name: str, microseconds: float, category: str = "kernel") -> dict[str, object]:
     return {"name": name, "dur": microseconds, "cat": category}
 
@@ -49,17 +60,40 @@ def test_a_decode_step_is_the_difference_of_two_runs() -> None:
 
 
 def test_the_first_divergence_of_each_prompt_counts() -> None:
-    reference = {
-        "agrees": [[True, True], [True, False], [False, False]],
-        "gaps": [[0.0, 0.0], [0.0, 0.25], [0.125, 3.0]],
-        "losses": [1.0, 2.0],
-    }
-    summary, *divergences = serve_equality.compare("m", {"losses": [1.0, 2.2]}, reference)
-    assert summary["identical_prompts"] == 1
-    assert summary["new_tokens"] == 6
-    assert summary["largest_logit_gap"] == 0.25
-    assert summary["relative_difference"] == pytest.approx(math.exp(0.1) - 1)
-    assert [(row["prompt"], row["token"]) for row in divergences] == [(1, 1), (2, 0)]
+    exact = {"tokens": [[4, 4]] * 3, "gaps": [[0.0, 0.0], [0.0, 0.25], [0.125, 3.0]], "losses": [1.0, 2.0]}
+    rounded = {"tokens": [[4, 4]] * 3, "gaps": [[0.0, 0.0], [0.0, 0.0], [0.5, 0.0]], "losses": [1.0, 1.8]}
+    served, rounding, *divergences = serve_equality.compare("m", {"losses": [1.0, 2.2]}, exact, rounded)
+    assert (served["row"], served["identical_prompts"], served["new_tokens"]) == ("served", 1, 6)
+    assert served["agreeing_share"] == pytest.approx(0.5)
+    assert (served["median_logit_gap"], served["largest_logit_gap"]) == (0.25, 3.0)
+    assert served["relative_difference"] == pytest.approx(math.exp(0.1) - 1)
+    assert (rounding["row"], rounding["identical_prompts"]) == ("rounding", 2)
+    assert rounding["agreeing_share"] == pytest.approx(5 / 6)
+    assert rounding["relative_difference"] == pytest.approx(math.exp(-0.1) - 1)
+    assert [(row["prompt"], row["token"], row["logit_gap"]) for row in divergences] == [
+        (1, 1, 0.25),
+        (2, 0, 0.125),
+    ]
+
+
+def test_a_model_is_read_twice_and_rounding_moves_it_little(tiny: Callable[[str], PreTrainedModel]) -> None:
+    torch.manual_seed(0)
+    model = tiny("llama").eval()
+    texts = {"prompts": [[1, 2, 3], [4, 5, 6]], "windows": [[7, 8, 9, 10]]}
+    new_tokens = [[11, 12], [13, 14]]
+    exact = serve_equality.read(model, texts, new_tokens, new_tokens)
+    with torch.inference_mode():
+        logits = model(torch.tensor([[1, 2, 3, 11, 12]])).logits[0, 2:-1]
+    assert exact["tokens"][0] == logits.argmax(dim=1).tolist()
+    gap = logits.max(dim=1).values - logits[torch.arange(2), torch.tensor([11, 12])]
+    assert exact["gaps"][0] == pytest.approx(gap.tolist())
+    assert len(exact["losses"]) == 3
+    again = serve_equality.read(model, texts, new_tokens, exact["tokens"])
+    assert again["gaps"] == [[0.0, 0.0], [0.0, 0.0]]
+    serve_equality.disturb_norms(model)
+    rounded = serve_equality.read(model, texts, new_tokens, exact["tokens"])
+    assert rounded["losses"] != exact["losses"]
+    assert rounded["losses"] == pytest.approx(exact["losses"], rel=1e-2)
 
 
 def test_rows_are_recorded_as_they_come_and_a_silent_format_fails(
@@ -70,6 +104,7 @@ def test_rows_are_recorded_as_they_come_and_a_silent_format_fails(
         "import sys, time\n"
         "name = sys.argv[sys.argv.index('--worker') + 1]\n"
         "if name == 'fp16':\n"
+        "    print('INFO Model loading took 24.29 GiB and 1.5 seconds')\n"
         '    print(\'ROW {"shape": "llama-2-13b", "format": "fp16", "batch": 1}\', flush=True)\n'
         "time.sleep(60)\n"
     )
@@ -77,7 +112,7 @@ def test_rows_are_recorded_as_they_come_and_a_silent_format_fails(
     target = tmp_path / "serve.json"
     status = serve_vllm.main(["--formats", "fp16,w8a8", "--timeout", "2", "--json", str(target)])
     assert status == 1
-    row = {"shape": "llama-2-13b", "format": "fp16", "batch": 1}
+    row = {"shape": "llama-2-13b", "format": "fp16", "batch": 1, "weights_gib": 24.29}
     assert json.loads(target.read_text())["rows"] == [row]
     assert serve_vllm.main(["--formats", "w8a8", "--append", "--timeout", "1", "--json", str(target)]) == 1
     assert json.loads(target.read_text())["rows"] == [row]
@@ -102,10 +137,12 @@ def test_engines_warm_up_side_by_side_and_a_stuck_one_is_ended(
     assert "w8a8: warm, exit status -9" in printed
 
 
-def test_settings_differ_between_formats_in_nothing(tmp_path: Path) -> None:
+def test_settings_differ_between_formats_in_nothing_but_the_cache(tmp_path: Path) -> None:
     parser = serve_vllm._parser()
     arguments = [parser.parse_args(["--worker", name, "--batches", "1,16"]) for name in FORMATS]
     settings = [serve_worker.settings(tmp_path, options) for options in arguments]
+    caches = {name: one.pop("kv_cache_dtype") for name, one in zip(FORMATS, settings, strict=True)}
+    assert {name for name, cache in caches.items() if cache != "auto"} == {"quattuor_w4a8_kv8"}
     assert all(one == settings[0] for one in settings)
     assert settings[0]["compilation_config"]["cudagraph_capture_sizes"] == [1, 16, 1024]
 
