@@ -134,6 +134,14 @@ class QuantizedLinear(nn.Module):
             y = _with_extras(prepared.execution, tensor, rows, bias)
         return y.view(*x.shape[:-1], self.out_features)
 
+    def stamp(self) -> tuple[object, ...]:
+        """Return what tells whether weight, bias or forced kernel have changed."""
+        packed, bias = self._buffers["packed"], self._buffers["bias"]
+        assert packed is not None, "a packed weight has codes"
+        if bias is None:
+            return self.force, packed.data_ptr(), packed._version
+        return self.force, packed.data_ptr(), packed._version, bias.data_ptr(), bias._version
+
     def share(self, product: OutputSource | None) -> None:
         """Take outputs from a product with other linears, or with None compute them alone."""
         self.shared = product

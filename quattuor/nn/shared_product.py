@@ -134,14 +134,7 @@ class SharedProduct(OutputSource):
 
     def _compute(self, x: Tensor) -> Tensor | None:
         """Return the outputs of all members side by side."""
-        buffers = [member._buffers for member in self.members]
-        key: tuple[object, ...] = (
-            x.device,
-            x.dtype,
-            *(member.force for member in self.members),
-            *((packed.data_ptr(), packed._version) for each in buffers if (packed := each["packed"]) is not None),
-            *((bias.data_ptr(), bias._version) for each in buffers if (bias := each["bias"]) is not None),
-        )
+        key = (x.device, x.dtype, *[member.stamp() for member in self.members])
         if key != self._prepared_for:
             self._prepare(x.device, x.dtype)
             self._prepared_for = key
