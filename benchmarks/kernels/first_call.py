@@ -1,12 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
 """Time the first call of a layer: with an empty cache of compiled kernels, and with what it leaves on disk.
 
-    python -m benchmarks.kernels.first_call [--cases NAME,...] [--processes P] [--json FILE]
+    python -m benchmarks.kernels.first_call [--cases NAME,...] [--processes P] [--append] [--json FILE]
 
 Every measurement is a process of its own, forked before the device is touched. Its clock starts when the device is
 ready and the weight laid out, and stops when the result of the first call is there: compiling, loading and
 computing count, importing does not. The record has a row for each case: seconds of both first calls, and what the
-compiler took for each kernel.
+compiler took for each kernel. `--append` keeps the rows of other cases.
 """
 
 import argparse
@@ -23,6 +23,7 @@ import torch
 import triton
 
 from benchmarks import record
+from benchmarks.kernels.appending import existing_rows
 from quattuor.kernels import lut_linear, token_quantize, w4a8_linear, w4a16_linear
 from quattuor.kernels.dispatch import LinearProblem, describe_device
 from quattuor.kernels.lut_linear.problem import LutProblem
@@ -154,9 +155,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default=",".join(CASES))
     parser.add_argument("--processes", type=int, default=3, help="measure so many cases at the same time")
+    parser.add_argument("--append", action="store_true", help="keep the rows of other cases")
     parser.add_argument("--json", type=Path, help="write the record here instead of benchmarks/results")
     options = parser.parse_args(arguments)
-    rows = measure(options.cases.split(","), options.processes)
+    kept = existing_rows(options.json or record.RESULTS / f"{RECORD}.json") if options.append else []
+    cases = options.cases.split(",")
+    rows = [*(row for row in kept if row["case"] not in cases), *measure(cases, options.processes)]
+    rows.sort(key=lambda row: list(CASES).index(row["case"]))
     record.write(RECORD, rows, to=options.json)
 
 

@@ -1,13 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """Run every GPU kernel on small layers under the memory, race and synchronization checkers of compute-sanitizer.
 
-    python -m benchmarks.kernels.sanitize [--cases NAME,...] [--tools NAME,...] [--processes P] [--json FILE]
+    python -m benchmarks.kernels.sanitize [--cases NAME,...] [--tools NAME,...] [--processes P] [--append]
+        [--json FILE]
 
 Each case first runs without a checker, which compiles its kernels and compares them with the reference on the CPU,
 bit for bit where the sums are integers. Then it runs under each checker, with one allocation per tensor so that an
 access beyond a tensor is seen. The record has a row for each case and checker; the case `planted` writes beyond
 its tensor on purpose and shows that the memory checker looks, and `specialized_warps` is a kernel whose warps
 share nothing, so that what is reported of it lies in what the compiler adds for specialized warps.
+
+`--append` keeps the rows of other cases.
 """
 
 import argparse
@@ -227,6 +230,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--tools", default=",".join(TOOLS))
     parser.add_argument("--processes", type=int, default=14, help="run so many at the same time")
     parser.add_argument("--timeout", type=float, default=300.0, help="seconds for one case under one checker")
+    parser.add_argument("--append", action="store_true", help="keep the rows of other cases")
     parser.add_argument("--json", type=Path, help="write the record here instead of benchmarks/results")
     parser.add_argument("--run", choices=list(CASES), help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
@@ -235,9 +239,14 @@ def main(arguments: list[str] | None = None) -> None:
         CASES[options.run]()
         torch.cuda.synchronize()
         return
-    from benchmarks import record  # here: a case alone, under a checker, need not wait for what it imports
+    from benchmarks import record  # here: a case alone, under a checker, need not wait for what these import
+    from benchmarks.kernels.appending import existing_rows
 
-    rows = measure(options)
+    kept = existing_rows(options.json or record.RESULTS / f"{RECORD}.json") if options.append else []
+    found = measure(options)
+    measured = {(row["case"], row["tool"]) for row in found}
+    rows = [*(row for row in kept if (row["case"], row["tool"]) not in measured), *found]
+    rows.sort(key=lambda row: (list(CASES).index(row["case"]), TOOLS.index(row["tool"])))
     record.write(RECORD, rows, to=options.json)
 
 

@@ -17,7 +17,6 @@ record of another device or of other versions of what is timed; `--missing` meas
 
 import argparse
 import importlib.util
-import json
 import multiprocessing
 import sys
 import time
@@ -28,20 +27,16 @@ import torch
 
 from benchmarks import record
 from benchmarks.kernels import peers
+from benchmarks.kernels.appending import existing_rows
 from benchmarks.kernels.contenders import cublas, ours, ours_w4a16
 from benchmarks.kernels.cutlass import cutlass_int8, load_cutlass
 from benchmarks.kernels.timing import Batch, Contender, floor_us, median_latencies
 from benchmarks.shapes import LINEAR_SHAPES, TOKEN_COUNTS
-from quattuor.errors import InputError, compose
 from quattuor.kernels.token_quantize import token_quantize
-from quattuor.reports.environment import hardware, versions
 
-__all__ = ["case_of", "existing_rows", "main", "measure", "merged"]
+__all__ = ["case_of", "main", "measure", "merged"]
 
 RECORD = "kernels_w4a8"
-#: What latencies of one record share: fields of `hardware` and of `versions`.
-SAME_HARDWARE = ("gpu", "gpu_memory_bytes")
-SAME_VERSIONS = ("torch", "triton", "cuda")
 
 Folders = dict[str, str | None]
 Row = dict[str, str | int | float | bool | None]
@@ -164,32 +159,6 @@ def merged(rows: Sequence[Row], found: Sequence[Row]) -> list[Row]:
         return order.get((n, k), len(order)), n, k, m
 
     return sorted([*(row for row in rows if case_of(row) not in measured), *found], key=place)
-
-
-def existing_rows(file: Path) -> list[Row]:
-    """Return the rows of a record to append to, none when there is no file.
-
-    Raises:
-        InputError: The record was measured on another device, or with other versions of what is timed.
-    """
-    if not file.is_file():
-        return []
-    content = json.loads(file.read_text(encoding="utf-8"))
-    here = {"hardware": hardware(), "versions": versions()}
-    for part, keys in (("hardware", SAME_HARDWARE), ("versions", SAME_VERSIONS)):
-        for key in keys:
-            if content[part].get(key) != here[part].get(key):
-                raise InputError(
-                    compose(
-                        subject=f"{part}.{key}",
-                        value=content[part].get(key),
-                        constraint=f"differs from {here[part].get(key)}, with which this run would measure",
-                        place=str(file),
-                        remedy="measure every case again, without --append",
-                    )
-                )
-    rows: list[Row] = content["rows"]
-    return rows
 
 
 def run(options: argparse.Namespace) -> list[Row]:

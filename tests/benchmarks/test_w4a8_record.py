@@ -8,6 +8,7 @@ import pytest
 pytest.importorskip("triton")
 
 from benchmarks.kernels import w4a8
+from benchmarks.kernels.appending import existing_rows
 from quattuor.errors import InputError
 from quattuor.reports.environment import hardware, versions
 
@@ -36,8 +37,8 @@ def test_a_case_is_replaced_as_a_whole_and_others_stay():
 
 
 def test_rows_of_this_device_are_kept(tmp_path):
-    assert w4a8.existing_rows(tmp_path / "none.json") == []
-    assert w4a8.existing_rows(write(tmp_path / "a.json", [row(8, 16, 1)])) == [row(8, 16, 1)]
+    assert existing_rows(tmp_path / "none.json") == []
+    assert existing_rows(write(tmp_path / "a.json", [row(8, 16, 1)])) == [row(8, 16, 1)]
 
 
 @pytest.mark.parametrize(
@@ -46,7 +47,7 @@ def test_rows_of_this_device_are_kept(tmp_path):
 )
 def test_rows_of_other_devices_and_versions_are_refused(tmp_path, changes, words):
     with pytest.raises(InputError, match=words):
-        w4a8.existing_rows(write(tmp_path / "a.json", [row(8, 16, 1)], **changes))
+        existing_rows(write(tmp_path / "a.json", [row(8, 16, 1)], **changes))
 
 
 def test_missing_cases_alone_are_measured(tmp_path, monkeypatch):
