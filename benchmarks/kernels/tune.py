@@ -32,13 +32,13 @@ from quattuor.kernels.dispatch import TOKEN_RANGES, LinearProblem, describe_devi
 from quattuor.kernels.token_quantize import token_quantize
 from quattuor.kernels.w4a8_linear import gluon_kernel, measured, triton_kernel
 from quattuor.kernels.w4a8_linear.hopper import Schedule, estimate, make_schedule
-from quattuor.kernels.w4a8_linear.planes import BLOCK_K, HopperTile, Tile, mode_of, prepare_planes
+from quattuor.kernels.w4a8_linear.planes import BLOCK_K, HopperTile, Tile, group_scale_of, prepare_planes
 
 __all__ = ["candidates", "choose", "main"]
 
 #: The token count that is timed, by the largest that it stands for.
 TIMED = {8: 1, 16: 16, 32: 32, 64: 64, 128: 128, 256: 256, 512: 512, 1024: 1024, 8192: 4096}
-GROUPS = {"channel": None, "integer": 128}
+GROUPS = {"channel": None, "integer": 128, "half": 128}
 PROCESSORS = 132
 #: Schedules whose longest program has more work than this times the mean are not timed.
 UNFAIR = 1.6
@@ -123,7 +123,9 @@ def candidates(
     """Return the tiles worth timing; with `top`, so many Hopper tiles by estimate, and the present choice."""
     hopper: list[HopperTile] = []
     for tile in hopper_candidates(max_tokens):
-        hopper += every_cut(shape, TIMED[max_tokens], tile)
+        # float16 scales take room: a stage less where they need it
+        stages = tile.stages - (tile.shared_bytes(mode) > tile.shared_limit)
+        hopper += every_cut(shape, TIMED[max_tokens], dataclasses.replace(tile, stages=stages))
     if top is None:
         return list(dict.fromkeys([*hopper, *triton_candidates(shape, max_tokens, mode == "channel")]))
     problem = LinearProblem(
@@ -158,8 +160,9 @@ def problem_of(shape: tuple[int, int], mode: str) -> LinearProblem:
 def launch(problem: LinearProblem, tile: Tile | HopperTile, batch: Batch, tensors: dict) -> torch.Tensor:
     """Compute the layer with a tile."""
     out = torch.empty(batch.x.shape[0], problem.out_features, dtype=torch.float16, device="cuda")
-    arguments = (batch.x_codes, batch.x_scale, tensors["packed"], tensors["scale"], tensors.get("group_scale"))
-    shared = {"mode": mode_of(problem), "group_size": problem.group_size, "tile": tile}
+    mode, group_scale = group_scale_of(problem, tensors)
+    arguments = (batch.x_codes, batch.x_scale, tensors["packed"], tensors["scale"], group_scale)
+    shared = {"mode": mode, "group_size": problem.group_size, "tile": tile}
     if isinstance(tile, Tile):
         words = tensors.get("group_words")
         triton_kernel.launch(*arguments, tensors["arrivals"], None, out, **shared, group_words=words)
@@ -170,6 +173,15 @@ def launch(problem: LinearProblem, tile: Tile | HopperTile, batch: Batch, tensor
             *arguments, tensors["arrivals"], None, out, **shared, num_blocks=num_blocks, schedule=schedule
         )
     return out
+
+
+def prepare_layer(problem: LinearProblem) -> tuple[tuple[torch.Tensor, ...], dict[str, torch.Tensor]]:
+    """Round a Gaussian weight as the problem says: its codes and scales, and the prepared tensors."""
+    weight = torch.randn(problem.out_features, problem.in_features, dtype=torch.float16, device="cuda")
+    codes, scale, group_scale = quantized_rows(weight, problem.group_size)
+    if group_scale is not None and not problem.integer_group_scale:
+        group_scale = group_scale - 0.25
+    return (codes, scale, group_scale), prepare_planes(problem, codes, scale, group_scale)
 
 
 def make_batch(num_tokens: int, in_features: int) -> Batch:
@@ -184,16 +196,15 @@ def time_shape(
 ) -> list[tuple[int, str, float, Tile | HopperTile]]:
     """Return (largest token count, implementation, latency in us, tile) of every candidate."""
     problem = problem_of(shape, mode)
-    weight = torch.randn(shape, dtype=torch.float16, device="cuda")
-    codes, scale, group_scale = quantized_rows(weight, problem.group_size)
-    total = num_copies(codes.numel() // 2)
-    layers = [prepare_planes(problem, codes, scale, group_scale)]
+    rounded, prepared = prepare_layer(problem)
+    total = num_copies(math.prod(shape) // 2)
+    layers = [prepared]
     for _ in range(total - 1):
         # scales and counters of their own, so that they are as cold as the weight
         fresh = {name: tensor.clone() for name, tensor in layers[0].items()}
         layers.append(fresh | {"packed": torch.randint_like(fresh["packed"], -128, 128)})
     exact = w4a8_linear.plan(problem, force="reference")
-    operand = exact.prepare(codes, scale, group_scale)
+    operand = exact.prepare(*rounded)
     found = []
     for max_tokens in counts:
         if time.monotonic() > deadline:
@@ -247,9 +258,7 @@ def compile_one(job: tuple[tuple[int, int], int, str, Tile | HopperTile]) -> Non
     """Run one candidate, so that its kernel lies in the cache on disk."""
     shape, max_tokens, mode, tile = job
     problem = problem_of(shape, mode)
-    weight = torch.randn(shape, dtype=torch.float16, device="cuda")
-    tensors = prepare_planes(problem, *quantized_rows(weight, problem.group_size))
-    launch(problem, tile, make_batch(TIMED[max_tokens], shape[1]), tensors)
+    launch(problem, tile, make_batch(TIMED[max_tokens], shape[1]), prepare_layer(problem)[1])
     torch.cuda.synchronize()
 
 
