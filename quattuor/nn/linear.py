@@ -31,6 +31,10 @@ class OutputSource(ABC):
         """Return which kernel computes which token counts, and why not the others."""
 
     @abstractmethod
+    def forget(self) -> None:
+        """Drop what was prepared, because a member has changed."""
+
+    @abstractmethod
     def dissolve(self) -> None:
         """Let the members compute for themselves from now on."""
 
@@ -195,6 +199,8 @@ class QuantizedLinear(nn.Module):
 
     def _forget(self) -> None:
         """Drop what `_prepare` made; a compiled graph that holds it is traced again."""
+        if self.shared is not None:
+            self.shared.forget()
         self._prepared: Prepared | None = None
         self._extras: QuantizedTensor | None = None
         self._prepared_for: tuple[object, ...] | None = None

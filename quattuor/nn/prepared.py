@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from quattuor.kernels.dispatch import is_plain_call
-from quattuor.kernels.launch import Replays
+from quattuor.kernels.replay import Replays
 from quattuor.nn.execution import Execution
 
 __all__ = ["Prepared"]

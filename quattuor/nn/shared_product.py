@@ -72,7 +72,8 @@ class SharedProduct(OutputSource):
         """Join the members."""
         assert reason_against_sharing(members) is None, "checked by the caller"
         self.members = tuple(members)
-        self._forget()
+        self._places = {id(member): place for place, member in enumerate(self.members)}
+        self.forget()
         for member in members:
             member.share(self)
 
@@ -83,26 +84,28 @@ class SharedProduct(OutputSource):
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Prepare anew when called."""
         self.members = state["members"]
-        self._forget()
-
-    def _forget(self) -> None:
         self._places = {id(member): place for place, member in enumerate(self.members)}
-        self._prepared: Prepared | None = None
+        self.forget()
+
+    def forget(self) -> None:
+        """Drop what was prepared, because a member has changed."""
+        self._prepared: tuple[Prepared, Tensor | None] | None = None
         self._prepared_for: tuple[object, ...] | None = None
-        self._bias: Tensor | None = None
         self._outputs: _Outputs | None = None
         self._num_wasted = 0
 
     def dissolve(self) -> None:
         """Let the members compute for themselves from now on."""
-        self._forget()
+        self.forget()
         for member in self.members:
             member.share(None)
 
     def output(self, member: nn.Module, x: Tensor) -> Tensor | None:
         """Return what a member gives for tokens, or None when it must compute for itself."""
+        place = self._places.get(id(member))
+        if place is None:  # a shallow copy, such as one of each device in a data-parallel model
+            return None
         outputs, when = self._outputs, _moment(x)
-        place = self._places[id(member)]
         if outputs is not None and outputs.tokens() is x and outputs.when == when:
             part = outputs.parts[place]
             if part is not None:
@@ -136,17 +139,17 @@ class SharedProduct(OutputSource):
         """Return the outputs of all members side by side."""
         key = (x.device, x.dtype, *[member.stamp() for member in self.members])
         if key != self._prepared_for:
-            self._prepare(x.device, x.dtype)
+            self._prepared = self._prepare(x.device, x.dtype)
             self._prepared_for = key
-        return None if self._prepared is None else self._prepared(x, self._bias)
+        ready = self._prepared  # another thread may prepare anew
+        return None if ready is None else ready[0](x, ready[1])
 
-    def _prepare(self, device: torch.device, dtype: torch.dtype) -> None:
-        """Lay the joined weight out; nothing is prepared where members are forced or elsewhere."""
-        self._prepared = self._bias = None
+    def _prepare(self, device: torch.device, dtype: torch.dtype) -> tuple[Prepared, Tensor | None] | None:
+        """Return the joined weight, laid out, and bias; None where members are forced or elsewhere."""
         if any(member.force is not None for member in self.members):
-            return
+            return None
         if any(buffer.device != device for member in self.members for buffer in member.buffers()):
-            return
+            return None
         tensor = self.tensor
         execution = make_execution(
             tensor,
@@ -156,9 +159,9 @@ class SharedProduct(OutputSource):
             device=device,
             name=self.name,
         )
-        self._prepared = Prepared(execution.prepared(tensor), tensor.shape[1], tensor.shape[0])
         biases = [bias for member in self.members if (bias := member._buffers["bias"]) is not None]
-        self._bias = torch.cat(biases) if biases else None
+        prepared = Prepared(execution.prepared(tensor), tensor.shape[1], tensor.shape[0])
+        return prepared, torch.cat(biases) if biases else None
 
     @property
     def name(self) -> str:

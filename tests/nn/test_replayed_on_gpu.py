@@ -10,7 +10,7 @@ from torch import nn
 from quattuor.activations import DynamicQuantizer
 from quattuor.formats import Integer, TwoLevelInteger
 from quattuor.granularity import PerChannel, PerGroup
-from quattuor.kernels import launch
+from quattuor.kernels import replay
 from quattuor.nn import LinearLayout, ParameterLayout, QuantizedLinear
 from quattuor.nn.shared_product import SharedProduct
 
@@ -93,7 +93,7 @@ def test_a_replay_gives_the_bits_of_a_call(name, count):
     for seed in range(4):
         x = tokens(count, seed)
         assert torch.equal(module(x), ordinary(module, x)), seed
-    assert len(recordings(module)) == (count <= launch.MOST_TOKENS)
+    assert len(recordings(module)) == (count <= replay.MOST_TOKENS)
     assert None not in recordings(module)
 
 

@@ -146,6 +146,23 @@ def test_copies_share_among_themselves(generator):
         assert all(torch.equal(member(x), value) for member, value in zip(other, expected, strict=True))
 
 
+def test_a_shallow_copy_computes_alone(generator):
+    members = [linear(size, generator) for size in (24, 8)]
+    calls = count_products(SharedProduct(members))
+    x = torch.randn(2, K, generator=generator)
+    assert torch.equal(copy.copy(members[0])(x), alone(members[0], x))
+    assert calls == []
+
+
+def test_a_member_that_moves_takes_the_prepared_weight_along(generator):
+    members = [linear(size, generator) for size in (24, 8)]
+    product = SharedProduct(members)
+    members[0](torch.randn(2, K, generator=generator))
+    assert product._prepared is not None
+    members[1].double()
+    assert product._prepared is None
+
+
 def test_what_would_change_bits_stays_apart(generator):
     first = linear(24, generator)
     wide = linear(8, generator)
