@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from quattuor.errors import UnsupportedError, compose
 from quattuor.kernels.dispatch import Implementation, LinearProblem, TokenRange
 from quattuor.kernels.w4a8_linear import measured
 from quattuor.kernels.w4a8_linear.hopper import choose_hopper_tile, make_schedule
@@ -17,13 +18,13 @@ from quattuor.kernels.w4a8_linear.planes import (
     PLANE_K,
     STORED_BITS,
     HopperTile,
-    group_scale_of,
     mode_of,
     prepare_planes,
+    stays_in_int8,
 )
 from quattuor.kernels.w4a8_linear.triton import processors
 
-__all__ = ["Gluon"]
+__all__ = ["Gluon", "GluonUnclamped"]
 
 
 @functools.lru_cache(maxsize=4096)
@@ -41,6 +42,10 @@ class Gluon(Implementation):
     name = "gluon"
     layout = "planes"
     stored_bits = STORED_BITS
+
+    def mode(self, problem: LinearProblem) -> str:
+        """Return the mode of the kernel."""
+        return mode_of(problem)
 
     def supports(self, problem: LinearProblem) -> str | None:
         if problem.device_type != "cuda":
@@ -94,7 +99,6 @@ class Gluon(Implementation):
         if not is_regular or row_stride % 16 or x_codes.data_ptr() % 16:
             x_codes = x_codes.clone(memory_format=torch.contiguous_format)
         tile = tile_for(problem, num_tokens, x_codes.device)
-        mode, group_scale = group_scale_of(problem, operand)
         num_blocks = -(-problem.in_features // BLOCK_K)
         num_tiles = -(-problem.out_features // tile.rows) * -(-num_tokens // tile.tokens)
         programs = processors(x_codes.device)[0] * tile.per_processor
@@ -104,14 +108,47 @@ class Gluon(Implementation):
                 x_scale.contiguous(),
                 operand["packed"],
                 operand["scale"],
-                group_scale,
+                operand.get("group_scale"),
                 operand["arrivals"],
                 bias if bias is None else bias.contiguous(),
                 out,
-                mode=mode,
+                mode=self.mode(problem),
                 group_size=problem.group_size,
                 num_blocks=num_blocks,
                 tile=tile,
                 schedule=make_schedule(num_tiles, num_blocks, programs, tile.cut),
             )
         return out
+
+
+class GluonUnclamped(Gluon):
+    """The same for groups with float16 scales whose products with every code stay in int8: nothing is clamped."""
+
+    name = "gluon_unclamped"
+
+    def mode(self, problem: LinearProblem) -> str:
+        return "unclamped"
+
+    def supports(self, problem: LinearProblem) -> str | None:
+        if mode_of(problem) != "half":
+            return "unpacks groups with float16 scales only"
+        return super().supports(problem)
+
+    def declines(self, problem: LinearProblem, tokens: TokenRange) -> str | None:
+        # An experiment ran this unpacking on a device, in another build of the kernel.
+        return "has not passed the GPU tests since it was written; force it to try it"
+
+    def prepare(self, problem: LinearProblem, *tensors: Tensor | None) -> dict[str, Tensor]:
+        group_scale = tensors[-1]
+        if group_scale is not None and not stays_in_int8(group_scale, problem.max_code):
+            low, high = (float(bound) for bound in group_scale.aminmax())
+            raise UnsupportedError(
+                compose(
+                    subject="group_scale",
+                    value=f"{low} .. {high}",
+                    constraint="takes products with codes out of int8, which this implementation does not clamp",
+                    place="w4a8_linear.prepare",
+                    remedy=f"use force={Gluon.name!r}, which clamps",
+                )
+            )
+        return prepare_planes(problem, *tensors)

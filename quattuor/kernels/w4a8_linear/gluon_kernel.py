@@ -18,15 +18,14 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from quattuor.kernels.launch import launcher
-from quattuor.kernels.w4a8_linear.gluon_consumer import CHANNEL, CLAMPED, HALF, INTEGER, consume
+from quattuor.kernels.w4a8_linear.gluon_consumer import CHANNEL, HALF, INTEGER, UNCLAMPED, consume
 from quattuor.kernels.w4a8_linear.gluon_schedule import num_items, place, share
 from quattuor.kernels.w4a8_linear.hopper import Schedule
 from quattuor.kernels.w4a8_linear.planes import HopperTile
 
 __all__ = ["MODES", "launch", "w4a8_hopper_kernel"]
 
-MODES = {"channel": CHANNEL, "integer": INTEGER, "half": HALF, "clamped": CLAMPED}
+MODES = {"channel": CHANNEL, "integer": INTEGER, "half": HALF, "unclamped": UNCLAMPED}
 
 BULK_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=8, rank=2)
 OUT_LAYOUT = gl.NVMMASharedLayout(swizzle_byte_width=128, element_bitwidth=16, rank=2)
@@ -54,7 +53,6 @@ def produce(
     GROUP_SIZE: gl.constexpr,
     BAND: gl.constexpr,
     STAGES: gl.constexpr,
-    IS_CUT: gl.constexpr,
     PDL: gl.constexpr,
 ):
     """Copy packed weights, the activations of both planes and their group scales into the ring of stages.
@@ -67,10 +65,10 @@ def produce(
     num_tiles = num_row_tiles * num_token_tiles
     group_bytes: gl.constexpr = 0 if MODE == CHANNEL else (2 * ROWS if MODE == INTEGER else 4 * ROWS)
     stage_bytes: gl.constexpr = ROWS * 128 + 2 * TOKENS * 128 + group_bytes
-    items = num_items(num_tiles, num_blocks, whole, sharers, IS_CUT)
+    items = num_items(num_tiles, num_blocks, whole, sharers)
     early = 0
     if PDL:
-        tile, first, last = share(0, num_tiles, num_blocks, whole, sharers, IS_CUT)
+        tile, first, last = share(0, num_tiles, num_blocks, whole, sharers)
         row_tile, token_tile = place(tile, num_row_tiles, num_token_tiles, BAND)
         early = gl.where(items > 0, gl.minimum(STAGES, last - first), 0)
         for stage in range(early):
@@ -82,7 +80,7 @@ def produce(
         gdc_wait()
     step = 0
     for item in range(items):
-        tile, first, last = share(item, num_tiles, num_blocks, whole, sharers, IS_CUT)
+        tile, first, last = share(item, num_tiles, num_blocks, whole, sharers)
         row_tile, token_tile = place(tile, num_row_tiles, num_token_tiles, BAND)
         for block in range(first, last):
             stage = step % STAGES
@@ -137,7 +135,6 @@ def w4a8_hopper_kernel(
     HAS_BIAS: gl.constexpr,
     BULK_STORE: gl.constexpr,
     EARLY_SCALE: gl.constexpr,
-    IS_CUT: gl.constexpr,
     PDL: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
 ):
@@ -196,7 +193,6 @@ def w4a8_hopper_kernel(
                     HAS_BIAS,
                     BULK_STORE,
                     EARLY_SCALE,
-                    IS_CUT,
                     PDL,
                 ),
             ),
@@ -232,7 +228,6 @@ def w4a8_hopper_kernel(
                     HAS_BIAS,
                     BULK_STORE,
                     EARLY_SCALE,
-                    IS_CUT,
                     PDL,
                 ),
             ),
@@ -257,7 +252,6 @@ def w4a8_hopper_kernel(
                     GROUP_SIZE,
                     BAND,
                     STAGES,
-                    IS_CUT,
                     PDL,
                 ),
             ),
@@ -314,7 +308,7 @@ def launch(
         out_desc = TensorDescriptor(
             out, [num_tokens, out_features], [out_features, 1], [tile.tokens // tile.spans, 64], OUT_LAYOUT
         )
-    launcher(w4a8_hopper_kernel, (schedule.programs,))(
+    w4a8_hopper_kernel[(schedule.programs,)](
         x_desc,
         w_desc,
         group_desc,
@@ -342,7 +336,6 @@ def launch(
         HAS_BIAS=bias is not None,
         BULK_STORE=bulk_store,
         EARLY_SCALE=tile.has_room_for_scales(mode),
-        IS_CUT=tile.cut != "none",
         PDL=overlap,
         CONSUMER_REGISTERS=tile.registers,
         num_warps=4,

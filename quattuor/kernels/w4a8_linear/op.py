@@ -21,14 +21,14 @@ from quattuor.kernels.dispatch import (
 from quattuor.kernels.layer import prepare_layouts, select
 from quattuor.kernels.w4a8_linear.checks import PLACE, check_inputs, check_weight
 from quattuor.kernels.w4a8_linear.float32 import Float32
-from quattuor.kernels.w4a8_linear.gluon import Gluon
+from quattuor.kernels.w4a8_linear.gluon import Gluon, GluonUnclamped
 from quattuor.kernels.w4a8_linear.reference import Reference
 from quattuor.kernels.w4a8_linear.triton import Triton
 
 __all__ = ["IMPLEMENTATIONS", "Plan", "plan"]
 
 #: Fastest first; the reference supports every legal problem.
-IMPLEMENTATIONS: tuple[Implementation, ...] = (Gluon(), Triton(), Float32(), Reference())
+IMPLEMENTATIONS: tuple[Implementation, ...] = (Gluon(), GluonUnclamped(), Triton(), Float32(), Reference())
 BY_NAME = {implementation.name: implementation for implementation in IMPLEMENTATIONS}
 
 

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """K-plane nibble packing: the weight layout of the GPU kernels. Drawn in README.md."""
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -20,12 +19,12 @@ __all__ = [
     "TILE_ROWS",
     "HopperTile",
     "Tile",
-    "group_scale_of",
     "mode_of",
     "pack_planes",
     "pack_words",
     "pad_weight",
     "prepare_planes",
+    "stays_in_int8",
     "tile_rows",
     "unpack_planes",
 ]
@@ -94,7 +93,7 @@ class HopperTile:
 
     def shared_bytes(self, mode: str) -> int:
         """Shared memory of the ring, its barriers and the output tile."""
-        group_bytes = {"channel": 0, "integer": 2, "half": 4, "clamped": 4}[mode] * self.rows
+        group_bytes = {"channel": 0, "integer": 2, "half": 4, "unclamped": 4}[mode] * self.rows
         stage = self.rows * PLANE_K + self.tokens * BLOCK_K + group_bytes + 16
         return self.stages * stage + self.consumers * 2 * 64 * self.tokens // self.spans
 
@@ -115,16 +114,6 @@ def mode_of(problem: LinearProblem) -> str:
     if problem.group_size is None:
         return "channel"
     return "integer" if problem.integer_group_scale else "half"
-
-
-def group_scale_of(problem: LinearProblem, operand: Mapping[str, Tensor]) -> tuple[str, Tensor | None]:
-    """Return the mode in which a kernel runs with prepared tensors, and its group scales.
-
-    "half" becomes "clamped" where a float16 scale takes products out of int8.
-    """
-    if "clamped_group_scale" in operand:
-        return "clamped", operand["clamped_group_scale"]
-    return mode_of(problem), operand.get("group_scale")
 
 
 def stays_in_int8(group_scale: Tensor, max_code: int) -> bool:
@@ -189,8 +178,7 @@ def prepare_planes(
 
     packed       int8 tiles [N' / 128, K' / 256, 128, 128] of nibbles, or [N' / 128, K' / 128, 128, 128] of bytes
     scale        float32 [N']; divided by 16 in channel mode, whose operands are 16 * code (exact: a power of two)
-    group_scale  int8 (integer mode) or float16 (half mode) [G', N']: a warp reads one group of many rows; named
-                 clamped_group_scale where the products of some float16 scale leave int8
+    group_scale  int8 (integer mode) or float16 (half mode) [G', N']: a warp reads one group of many rows
     group_words  int32 [B, N'], the two scales of each block; integer mode with groups of whole planes only
     arrivals     int32 zeros: counters of programs that share a tile, zero again after every launch
     weight_sum   int32 [N'], sums of the operands over K; only where activations have zero points
@@ -214,12 +202,7 @@ def prepare_planes(
         groups = -(-padded_features // problem.group_size)
         padding = (0, row_padding, 0, groups - problem.num_groups)
         padded = pad(group_scale.T, padding, value=1).contiguous()
-        name = (
-            "group_scale"
-            if mode == "integer" or stays_in_int8(padded, problem.max_code)
-            else "clamped_group_scale"
-        )
-        named[name] = padded.to(torch.int8) if mode == "integer" else padded
+        named["group_scale"] = padded.to(torch.int8) if mode == "integer" else padded
         if mode == "integer" and problem.group_size % PLANE_K == 0:
             named["group_words"] = pack_words(named["group_scale"], problem.group_size, 2, padded_features)
     return named

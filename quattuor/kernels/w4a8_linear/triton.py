@@ -12,14 +12,7 @@ from torch import Tensor
 from quattuor.kernels.dispatch import Implementation, LinearProblem
 from quattuor.kernels.w4a8_linear import measured
 from quattuor.kernels.w4a8_linear.narrow import BLOCKS, prepare_narrow, width_of
-from quattuor.kernels.w4a8_linear.planes import (
-    PLANE_K,
-    STORED_BITS,
-    Tile,
-    group_scale_of,
-    mode_of,
-    prepare_planes,
-)
+from quattuor.kernels.w4a8_linear.planes import PLANE_K, STORED_BITS, Tile, mode_of, prepare_planes
 
 __all__ = ["Triton", "choose_tile"]
 
@@ -182,18 +175,17 @@ class Triton(Implementation):
             return out
         if x_codes.stride(1) != 1:
             x_codes = x_codes.contiguous()
-        mode, group_scale = group_scale_of(problem, operand)
         with torch.cuda.device_of(x_codes):
             launch(
                 x_codes,
                 x_scale.contiguous(),
                 operand["packed"],
                 operand["scale"],
-                group_scale,
+                operand.get("group_scale"),
                 operand["arrivals"],
                 bias if bias is None else bias.contiguous(),
                 out,
-                mode=mode,
+                mode=mode_of(problem),
                 group_size=problem.group_size,
                 width=width_of(problem),
                 group_words=operand.get("group_words"),

@@ -14,15 +14,15 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
-from quattuor.kernels.launch import launcher
 from quattuor.kernels.w4a8_linear.narrow import BLOCKS
 from quattuor.kernels.w4a8_linear.planes import Tile
 from quattuor.kernels.w4a8_linear.unpacking import (
+    HIGH_HALF,
     HIGH_INTEGER,
+    LOW_HALF,
     LOW_INTEGER,
     PREFETCH_LINE,
     bulk_prefetch_assembly,
-    half_assembly,
     joined_assembly,
     plane_assembly,
 )
@@ -32,12 +32,11 @@ __all__ = ["MAX_SUM_TOKENS", "MODES", "OVERLAPS", "launch", "w4a8_kernel"]
 # How the kernel turns stored bytes into int8 operands.
 CHANNEL = tl.constexpr(0)  # b bits; operand = 2^(8-b) * code, by which the channel scale is divided
 INTEGER = tl.constexpr(1)  # nibbles; operand = code * r, r an integer in -15 .. 16
-HALF = tl.constexpr(2)  # nibbles; operand = rne(code * float16 group scale), which is an int8
+HALF = tl.constexpr(2)  # nibbles; operand = clamp(rne(code * float16 group scale))
 BYTE = tl.constexpr(3)  # int8 operands as stored
 SUMS = tl.constexpr(4)  # b bits; operand as in CHANNEL, and the sum over a plane is scaled by r, after 2^(b-8)
-CLAMPED = tl.constexpr(5)  # nibbles; operand = clamp(rne(code * float16 group scale))
 
-MODES = {"channel": CHANNEL, "integer": INTEGER, "half": HALF, "byte": BYTE, "sums": SUMS, "clamped": CLAMPED}
+MODES = {"channel": CHANNEL, "integer": INTEGER, "half": HALF, "byte": BYTE, "sums": SUMS}
 
 #: Blocks of the weight that each program fetches to L2 while the kernel before this one drains.
 BLOCKS_AHEAD = tl.constexpr(4)
@@ -80,7 +79,7 @@ def unpack(packed, group_scale, HIGH: tl.constexpr, MODE: tl.constexpr, ASM: tl.
     else:
         if ASM:
             operand = tl.inline_asm_elementwise(
-                half_assembly(HIGH, MODE == CLAMPED),
+                HIGH_HALF if HIGH else LOW_HALF,
                 "=r,r,r,r,r,r",
                 [packed, group_scale],
                 dtype=tl.int8,
@@ -142,7 +141,7 @@ def load_group_scale(group_scale, first_k, row, column, N_PADDED, GROUP_SIZE: tl
     else:
         group = (first_k + column) // GROUP_SIZE
         value = tl.load(group_scale + group[None, :] * N_PADDED + row[:, None])
-    if MODE != INTEGER:
+    if MODE == HALF:
         bits = value.to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF
         value = bits | (bits << 16)
     else:
@@ -349,7 +348,7 @@ def launch(
     if tile.split > 1:
         shape = (row_tiles * token_tiles * tile.split * tile.rows * tile.tokens,)
         partial = torch.empty(shape, dtype=torch.int32, device=out.device)
-    launcher(w4a8_kernel, (row_tiles, token_tiles, tile.split))(
+    w4a8_kernel[(row_tiles, token_tiles, tile.split)](
         x_codes,
         x_scale,
         x_scale if x_zero_point is None else x_zero_point,

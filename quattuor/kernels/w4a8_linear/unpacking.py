@@ -10,12 +10,15 @@ import triton.language as tl
 
 __all__ = [
     "HIGH_CHANNEL",
+    "HIGH_HALF",
     "HIGH_INTEGER",
+    "HIGH_UNCLAMPED",
     "LOW_CHANNEL",
+    "LOW_HALF",
     "LOW_INTEGER",
+    "LOW_UNCLAMPED",
     "PREFETCH_LINE",
     "bulk_prefetch_assembly",
-    "half_assembly",
     "joined_assembly",
     "plane_assembly",
 ]
@@ -41,33 +44,65 @@ HIGH_INTEGER = tl.constexpr("""{
     xor.b32 $0, t, 0x80808080;
 }""")
 
+# 0x64uu is the float16 1024 + u, so subtracting 1032 gives the code. code * s + 1152 is rounded once; in
+# 1024 .. 2048 float16 is spaced by 1, so that is rne(code * s) + 1152, and clamping to 1024 .. 1279 leaves
+# clamp(..., -128, 127) + 128 in the low byte. Larger products round coarser but are clamped all the same.
+HALF_BODY = """
+    lop3.b32 t, t, 0x0F0F0F0F, 0x08080808, 0x6A;
+    mov.b32 one, 0x64646464;
+    prmt.b32 a, t, one, 0x4140;
+    prmt.b32 b, t, one, 0x4342;
+    mov.b32 c, 0x64086408;
+    sub.rn.f16x2 a, a, c;
+    sub.rn.f16x2 b, b, c;
+    mov.b32 c, 0x64806480;
+    fma.rn.f16x2 a, a, $2, c;
+    fma.rn.f16x2 b, b, $2, c;
+    mov.b32 c, 0x64006400;
+    max.f16x2 a, a, c;
+    max.f16x2 b, b, c;
+    mov.b32 c, 0x64FF64FF;
+    min.f16x2 a, a, c;
+    min.f16x2 b, b, c;
+    prmt.b32 t, a, b, 0x6420;
+    xor.b32 $0, t, 0x80808080;
+}"""
+LOW_HALF = tl.constexpr("{ .reg .b32 t, a, b, c, one; mov.b32 t, $1;" + HALF_BODY)
+HIGH_HALF = tl.constexpr("{ .reg .b32 t, a, b, c, one; shr.u32 t, $1, 4;" + HALF_BODY)
 
-@triton.constexpr_function
-def half_assembly(is_high, is_clamped):
-    """Return the assembly for rne(code * s), clamped to int8 or not; $2 is s twice, as float16.
-
-    0x6400 | n is the float16 1024 + n, so one operation with three inputs makes 1024 + u or 1024 + 16 u of two
-    codes that are two bytes apart, u = code + 8, and one addition or multiply-add the code, exactly.
-    code * s + 1536 is rounded once; in 1024 .. 2048 float16 is spaced by 1, so that is 1536 + rne(code * s), and
-    the low byte is the product modulo 256. Larger products round coarser but are clamped all the same.
-    """
-    field, bias = ("0x00F000F0", "0x64806480") if is_high else ("0x000F000F", "0x64086408")
-    lines = [
-        ".reg .b32 t, a, b, c;",
-        "shr.u32 t, $1, 8;",
-        f"lop3.b32 a, $1, {field}, {bias}, 0x6A;",
-        f"lop3.b32 b, t, {field}, {bias}, 0x6A;",
-    ]
-    if is_high:  # (1024 + 16 u) / 16 - 72
-        lines += ["mov.b32 t, 0x2C002C00;", "mov.b32 c, 0xD480D480;"]
-        lines += [f"fma.rn.f16x2 {x}, {x}, t, c;" for x in "ab"]
-    else:  # 1024 + u - 1032
-        lines += ["mov.b32 c, 0x64086408;", *(f"sub.rn.f16x2 {x}, {x}, c;" for x in "ab")]
-    lines += ["mov.b32 c, 0x66006600;", *(f"fma.rn.f16x2 {x}, {x}, $2, c;" for x in "ab")]
-    if is_clamped:  # to 1536 - 128 .. 1536 + 127
-        lines += ["mov.b32 c, 0x65806580;", *(f"max.f16x2 {x}, {x}, c;" for x in "ab")]
-        lines += ["mov.b32 c, 0x667F667F;", *(f"min.f16x2 {x}, {x}, c;" for x in "ab")]
-    return "{" + " ".join([*lines, "prmt.b32 $0, a, b, 0x6240;"]) + "}"
+# For scales whose products stay in int8. 0x6400 | n is the float16 1024 + n, so one operation with three inputs
+# makes 1024 + u, or 1024 + 16 u, of two codes that are two bytes apart, and the next one the code, exactly.
+# code * s + 1536 is rounded once, to an integer as above, and its low byte is the product in two's complement.
+UNCLAMPED_END = """
+    mov.b32 c, 0x66006600;
+    fma.rn.f16x2 a, a, $2, c;
+    fma.rn.f16x2 b, b, $2, c;
+    prmt.b32 $0, a, b, 0x6240;
+}"""
+LOW_UNCLAMPED = tl.constexpr(
+    """{
+    .reg .b32 t, a, b, c;
+    shr.u32 t, $1, 8;
+    lop3.b32 a, $1, 0x000F000F, 0x64086408, 0x6A;
+    lop3.b32 b, t, 0x000F000F, 0x64086408, 0x6A;
+    mov.b32 c, 0x64086408;
+    sub.rn.f16x2 a, a, c;
+    sub.rn.f16x2 b, b, c;"""
+    + UNCLAMPED_END
+)
+# (1024 + 16 u) / 16 - 72
+HIGH_UNCLAMPED = tl.constexpr(
+    """{
+    .reg .b32 t, a, b, c;
+    shr.u32 t, $1, 8;
+    lop3.b32 a, $1, 0x00F000F0, 0x64806480, 0x6A;
+    lop3.b32 b, t, 0x00F000F0, 0x64806480, 0x6A;
+    mov.b32 t, 0x2C002C00;
+    mov.b32 c, 0xD480D480;
+    fma.rn.f16x2 a, a, t, c;
+    fma.rn.f16x2 b, b, t, c;"""
+    + UNCLAMPED_END
+)
 
 
 @triton.constexpr_function

@@ -13,7 +13,7 @@ from conftest import make_inputs, make_layer
 
 from quattuor.kernels import w4a8_linear
 from quattuor.kernels.w4a8_linear.narrow import width_of
-from quattuor.kernels.w4a8_linear.planes import Tile, group_scale_of
+from quattuor.kernels.w4a8_linear.planes import Tile, mode_of
 from quattuor.kernels.w4a8_linear.triton import Triton
 from quattuor.kernels.w4a8_linear.triton_kernel import launch
 
@@ -23,7 +23,6 @@ WEIGHTS = [
     {"bits": 4, "group_size": 32, "integer": True},
     {"bits": 4, "group_size": 128},
     {"bits": 4, "group_size": 100},
-    {"bits": 4, "group_size": 128, "clamps": False},
     {"bits": 3, "group_size": 64},
     {"bits": 2},
     {"bits": 2},
@@ -53,21 +52,17 @@ def main() -> None:
         operand = plan.prepare(made.codes, made.scale, made.group_scale)
         expected = plan.linear(x_codes, x_scale, operand, bias, torch.float32, x_zero_point)
         tensors = Triton().prepare(made.problem, made.codes, made.scale, made.group_scale)
-        mode, group_scale = group_scale_of(made.problem, tensors)
-        assert (mode == "clamped") == (
-            weight.get("clamps", "group_size" in weight) and mode in ("half", "clamped")
-        )
         out = torch.full((num_tokens, out_features), torch.nan)
         launch(
             x_codes,
             x_scale,
             tensors["packed"],
             tensors["scale"],
-            group_scale,
+            tensors.get("group_scale"),
             tensors["arrivals"],
             bias,
             out,
-            mode=mode,
+            mode=mode_of(made.problem),
             width=width_of(made.problem),
             group_words=tensors.get("group_words"),
             group_size=made.problem.group_size,

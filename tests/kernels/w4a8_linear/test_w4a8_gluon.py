@@ -19,7 +19,7 @@ from quattuor.kernels.w4a8_linear.hopper import CUTS, choose_hopper_tile, make_s
 from quattuor.kernels.w4a8_linear.planes import HopperTile, mode_of
 
 LAYOUT = "NVMMASharedLayout(swizzle_byte_width={}, element_bitwidth={}, rank=2)"
-GROUP_SCALE = {"integer": ("i8", 8), "half": ("fp16", 16), "clamped": ("fp16", 16)}
+GROUP_SCALE = {"integer": ("i8", 8), "half": ("fp16", 16), "unclamped": ("fp16", 16)}
 
 
 def compile_tile(mode, tile):
@@ -55,7 +55,6 @@ def compile_tile(mode, tile):
         "HAS_BIAS": False,
         "BULK_STORE": True,
         "EARLY_SCALE": tile.has_room_for_scales(mode),
-        "IS_CUT": tile.cut != "none",
         "PDL": True,
         "CONSUMER_REGISTERS": tile.registers,
     }
@@ -112,7 +111,8 @@ TILES = {
         pytest.param("integer", "tall", marks=pytest.mark.slow),
         pytest.param("half", "square", marks=pytest.mark.slow),
         pytest.param("half", "tall half", marks=pytest.mark.slow),
-        pytest.param("clamped", "square", marks=pytest.mark.slow),
+        ("unclamped", "square"),
+        pytest.param("unclamped", "wide", marks=pytest.mark.slow),
     ],
 )
 def test_machine_code(mode, name):
@@ -128,9 +128,9 @@ def test_machine_code(mode, name):
     assert binary.count("UTMALDG") == 2 * tile.rows // 128 + (2 if mode == "channel" else 4)
     assert binary.count("UTMASTG") == 2 * tile.blocks * tile.spans
     assert binary.count("STSM") > 0
-    # float16 products are joined by one permutation for four codes; no other mode permutes bytes
-    assert binary.count("PRMT") <= 16 + (64 * tile.blocks * bodies if mode in ("half", "clamped") else 0)
-    assert (binary.count("HMNMX2") > 0) == (mode == "clamped")
+    permutations = {"half": 500, "unclamped": 16 + 64 * tile.blocks * bodies}
+    assert binary.count("PRMT") <= permutations.get(mode, 16)
+    assert (binary.count("HMNMX2") > 0) == (mode == "half")
     # sums are exchanged 8 bytes for a thread at a time
     assert binary.count(r"STG\.E\.64") == 2 * tile.blocks * tile.tokens // 4
     assert binary.shared_bytes <= tile.shared_limit
@@ -187,6 +187,11 @@ def test_refusals_have_reasons(layer):
     assert set(plan.schedule.layouts()) == {"planes"}
     half = dataclasses.replace(base, group_size=128)
     assert [w4a8_linear.plan(half).implementation(m) for m in (1, 64, 5000)] == ["gluon"] * 3
+    with pytest.raises(UnsupportedError, match="float16 scales only"):
+        w4a8_linear.plan(base, force="gluon_unclamped")
+    rows = [row for row in w4a8_linear.plan(half).explain() if row.implementation == "gluon_unclamped"]
+    assert all("has not passed the GPU tests" in row.reason for row in rows)
+    assert w4a8_linear.plan(half, force="gluon_unclamped").implementation(1) == "gluon_unclamped"
     zero = dataclasses.replace(base, activation_zero_point=True)
     assert w4a8_linear.plan(zero).implementation(5000) == "triton"
 

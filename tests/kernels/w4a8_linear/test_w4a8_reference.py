@@ -4,9 +4,11 @@
 import pytest
 import torch
 
+from quattuor.errors import UnsupportedError
 from quattuor.kernels import w4a8_linear
 from quattuor.kernels.dispatch import LinearProblem
-from quattuor.kernels.w4a8_linear.planes import group_scale_of, prepare_planes
+from quattuor.kernels.w4a8_linear.gluon import GluonUnclamped
+from quattuor.kernels.w4a8_linear.planes import stays_in_int8
 
 
 @pytest.mark.parametrize(("bits", "group_size", "integer"), [(4, None, False), (3, 4, False), (4, 4, True)])
@@ -41,15 +43,28 @@ def test_group_products_round_half_to_even_and_clamp():
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "mode"),
-    [(-15.875, 16.0625, "half"), (0.0, 15.0, "half"), (-15.9375, 0.0, "clamped"), (0.0, 16.078125, "clamped")],
+    ("low", "high", "is_inside"),
+    [(-15.875, 16.0625, True), (0.0, 15.0, True), (-15.9375, 0.0, False), (0.0, 16.078125, False)],
 )
-def test_only_scales_whose_products_leave_int8_are_clamped(low, high, mode):
+def test_scales_whose_products_leave_int8_are_refused_where_nothing_is_clamped(low, high, is_inside):
     scale = torch.tensor([[low, high]], dtype=torch.float16)
     product = (torch.arange(-8, 8).float()[:, None] * scale.float()).round()
-    assert (product.min() >= -128 and product.max() <= 127) == (mode == "half")
+    assert (product.min() >= -128 and product.max() <= 127) == is_inside
+    assert stays_in_int8(scale, 8) == is_inside
     problem = LinearProblem(out_features=1, in_features=256, group_size=128)
-    tensors = prepare_planes(problem, torch.zeros(1, 256, dtype=torch.int8), torch.ones(1), scale)
-    found, group_scale = group_scale_of(problem, tensors)
-    assert found == mode
-    assert torch.equal(group_scale[:, 0], scale[0])
+    tensors = (torch.zeros(1, 256, dtype=torch.int8), torch.ones(1), scale)
+    if is_inside:
+        assert torch.equal(GluonUnclamped().prepare(problem, *tensors)["group_scale"][:, 0], scale[0])
+    else:
+        with pytest.raises(UnsupportedError, match=r"out of int8.*clamps"):
+            GluonUnclamped().prepare(problem, *tensors)
+
+
+def test_unclamped_unpacking_by_its_definition():
+    """1536 + code * s, rounded once to float16, ends in the product in two's complement, for every scale."""
+    scale = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(torch.float16)
+    scale = scale[(scale > -127.5 / 8) & (scale <= 128.5 / 8)]
+    for code in range(-8, 8):
+        exact = code * scale.double()
+        found = (exact + 1536).half().view(torch.int16).to(torch.int8)
+        assert torch.equal(found, exact.round().to(torch.int8))
