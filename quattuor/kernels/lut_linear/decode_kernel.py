@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton kernels that decode some rows of a packed weight into a dense one, and their launch."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import torch
 import triton
@@ -137,14 +137,21 @@ def decode_rows(
 
 
 def linear_rows(
-    problem: LutProblem, x: Tensor, operand: Mapping[str, Tensor], bias: Tensor | None, out: Tensor, num_rows: int
+    problem: LutProblem,
+    x: Tensor,
+    operand: Mapping[str, Tensor],
+    bias: Tensor | None,
+    out: Tensor,
+    num_rows: int,
+    *,
+    decode: Callable[[LutProblem, Mapping[str, Tensor], int, Tensor], None] = decode_rows,
 ) -> None:
     """Fill `out` [M, N] by decoding `num_rows` rows of the weight at a time to the dtype of x."""
     scratch = torch.empty(min(num_rows, problem.out_features), problem.in_features, dtype=x.dtype, device=x.device)
     for first in range(0, problem.out_features, num_rows):
         last = min(first + num_rows, problem.out_features)
         dense = scratch[: last - first]
-        decode_rows(problem, operand, first, dense)
+        decode(problem, operand, first, dense)
         if bias is None and out.dtype == x.dtype:
             torch.mm(x, dense.T, out=out[:, first:last])
             continue

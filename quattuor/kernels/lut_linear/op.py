@@ -20,6 +20,7 @@ from quattuor.kernels.dispatch import (
     is_plain_call,
 )
 from quattuor.kernels.layer import check_call, prepare_layouts, select
+from quattuor.kernels.lut_linear.lanes import Lanes
 from quattuor.kernels.lut_linear.problem import TABLE_DTYPES, LutProblem
 from quattuor.kernels.lut_linear.reference import Float32, Reference
 from quattuor.kernels.lut_linear.tables import Tables
@@ -30,7 +31,7 @@ __all__ = ["IMPLEMENTATIONS", "Plan", "plan"]
 PLACE = "lut_linear"
 
 #: Fastest first; the reference supports every legal problem.
-IMPLEMENTATIONS: tuple[Implementation, ...] = (Triton(), Decoded(), Float32(), Tables(), Reference())
+IMPLEMENTATIONS: tuple[Implementation, ...] = (Lanes(), Triton(), Decoded(), Float32(), Tables(), Reference())
 BY_NAME = {implementation.name: implementation for implementation in IMPLEMENTATIONS}
 
 

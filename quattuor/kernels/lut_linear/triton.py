@@ -13,7 +13,7 @@ from quattuor.kernels.lut_linear.problem import LutProblem
 from quattuor.kernels.w4a8_linear.planes import Tile
 from quattuor.kernels.w4a8_linear.triton import processors
 
-__all__ = ["Decoded", "Triton", "choose_tile"]
+__all__ = ["Decoded", "Triton", "choose_tile", "reason_against", "rows_at_once"]
 
 #: Elements of K that one tensor-core product takes: a shorter piece of a group would not fill it.
 MIN_PIECE = 16
@@ -71,14 +71,18 @@ def reason_against(problem: LutProblem) -> str | None:
     return None
 
 
+def rows_at_once(problem: LutProblem, x: Tensor) -> int:
+    """Return how many rows to decode at a time to the dtype of x."""
+    return max(1, SCRATCH_BYTES // (128 * problem.in_features * x.element_size())) * 128
+
+
 def linear_decoded(
     problem: LutProblem, x: Tensor, operand: Mapping[str, Tensor], bias: Tensor | None, out: Tensor
 ) -> None:
     """Fill `out` by decoding some rows after others to a scratch."""
     from quattuor.kernels.lut_linear.decode_kernel import linear_rows
 
-    num_rows = max(1, SCRATCH_BYTES // (128 * problem.in_features * x.element_size())) * 128
-    linear_rows(problem, x, operand, bias, out, num_rows)
+    linear_rows(problem, x, operand, bias, out, rows_at_once(problem, x))
 
 
 class Tiles(Implementation):

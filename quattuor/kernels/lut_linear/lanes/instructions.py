@@ -1,0 +1,128 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Instructions of one lane of a warp for Triton: each element of a tensor [32 * warps] is a register of one lane.
+
+With ASM the functions are inline assembly; without, arithmetic with the same result, for Triton's interpreter.
+"""
+
+import triton
+import triton.language as tl
+
+__all__ = ["load_shared_words", "load_words", "multiply", "permute", "selectors", "shift_right"]
+
+
+@triton.jit
+def load_words(pointer, ASM: tl.constexpr):
+    """Four neighbouring 32-bit words that no other program reads."""
+    if ASM:
+        result = tl.inline_asm_elementwise(
+            "ld.global.nc.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];",
+            "=r,=r,=r,=r,l",
+            [pointer.to(tl.int64)],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        result = tl.load(pointer), tl.load(pointer + 1), tl.load(pointer + 2), tl.load(pointer + 3)
+    return result
+
+
+@triton.jit
+def load_shared_words(pointer, ASM: tl.constexpr):
+    """Four neighbouring 32-bit words that other warps read as well, written by the kernel before."""
+    if ASM:
+        result = tl.inline_asm_elementwise(
+            "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];",
+            "=r,=r,=r,=r,l",
+            [pointer.to(tl.int64)],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        result = tl.load(pointer), tl.load(pointer + 1), tl.load(pointer + 2), tl.load(pointer + 3)
+    return result
+
+
+@triton.jit
+def signed_bytes(word):
+    """The four bytes of each word, [lanes, 4]."""
+    return (word[:, None] << (24 - 8 * tl.arange(0, 4))[None, :]) >> 24
+
+
+@triton.jit
+def row_products(first, second, b0, b1, WARPS: tl.constexpr):
+    """Two neighbouring columns of eight rows of a product, for each lane."""
+    a_low = tl.reshape(signed_bytes(first), (WARPS, 8, 1, 16))
+    a_high = tl.reshape(signed_bytes(second), (WARPS, 8, 1, 16))
+    b_low = tl.reshape(signed_bytes(b0), (WARPS, 1, 8, 16))
+    b_high = tl.reshape(signed_bytes(b1), (WARPS, 1, 8, 16))
+    total = tl.sum(a_low * b_low + a_high * b_high, axis=3)
+    return tl.split(tl.reshape(total, (WARPS * 32, 2)))
+
+
+@triton.jit
+def multiply(a0, a1, a2, a3, b0, b1, c, ASM: tl.constexpr):
+    """c + A [16, 32] @ B [32, 8] for each warp, signed bytes and 32-bit sums, in the lanes of `mma.m16n8k32`.
+
+    Lane 4 g + t holds bytes of A at rows g (a0, a2) and g + 8 (a1, a3) and places 4 t .. + 3 (a0, a1) and
+    16 + 4 t .. + 3 (a2, a3), of B at these places and column g, of C at rows g and g + 8, columns 2 t and 2 t + 1.
+    """
+    c0, c1, c2, c3 = c
+    if ASM:
+        result = tl.inline_asm_elementwise(
+            "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+            "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+            "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r",
+            [a0, a1, a2, a3, b0, b1, c0, c1, c2, c3],
+            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        s0, s1 = row_products(a0, a2, b0, b1, a0.shape[0] // 32)
+        s2, s3 = row_products(a1, a3, b0, b1, a0.shape[0] // 32)
+        result = c0 + s0, c1 + s1, c2 + s2, c3 + s3
+    return result
+
+
+@triton.jit
+def permute(low, high, selector, ASM: tl.constexpr):
+    """Bytes of eight, chosen by the lower four nibbles; with its highest bit set, one takes the sign, 0 or -1."""
+    if ASM:
+        result = tl.inline_asm_elementwise(
+            "prmt.b32 $0, $1, $2, $3;", "=r,r,r,r", [low, high, selector], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        result = low * 0
+        for place in tl.static_range(4):
+            index = (selector >> (4 * place)) & 15
+            byte = (tl.where(index & 4 == 0, low, high) >> (8 * (index & 3))) & 255
+            byte = tl.where(index & 8 == 0, byte, tl.where(byte & 128 == 0, 0, 255))
+            result |= byte << (8 * place)
+    return result
+
+
+@triton.jit
+def shift_right(word, BY: tl.constexpr):
+    """The bits of a word from `BY` on, zeros above."""
+    return (word >> BY) & ((1 << (32 - BY)) - 1)
+
+
+@triton.jit
+def selectors(words, STEP: tl.constexpr, ROW: tl.constexpr, BITS: tl.constexpr):
+    """The codes of row g + 8 ROW of one step in the nibbles of a word; `words` are all words of the block."""
+    if BITS == 4:
+        result = words[2 * STEP + ROW]
+    elif BITS == 3:
+        if STEP % 4 < 3:
+            result = words[STEP // 4 * 6 + ROW * 3 + STEP % 4] & 0x77777777
+        else:
+            result = (words[STEP // 4 * 6 + ROW * 3] >> 3) & 0x11111111
+            result |= (words[STEP // 4 * 6 + ROW * 3 + 1] >> 2) & 0x22222222
+            result |= (words[STEP // 4 * 6 + ROW * 3 + 2] >> 1) & 0x44444444
+    elif BITS == 2:
+        result = (words[STEP // 2 * 2 + ROW] >> (2 * (STEP % 2))) & 0x33333333
+    else:
+        result = (words[STEP // 4 * 2 + ROW] >> (STEP % 4)) & 0x11111111
+    return result

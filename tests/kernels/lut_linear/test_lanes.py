@@ -1,0 +1,189 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels in the order of lanes: interpreted, their layout, machine code, and a CUDA device where one is."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from ahead_of_time import compile_kernel
+from lut_layers import make_layer
+
+from quattuor.errors import UnsupportedError
+from quattuor.kernels import lut_linear
+from quattuor.kernels.dispatch import describe_device
+from quattuor.kernels.lut_linear import LutProblem
+from quattuor.kernels.lut_linear.lanes.implementation import choose_warps
+from quattuor.kernels.lut_linear.lanes.layout import LARGEST_ENTRY, carry, limb_tables, pack_codes
+from quattuor.kernels.lut_linear.lanes.product_kernel import lane_kernel
+from quattuor.kernels.lut_linear.layout import ONE_GROUP
+
+CUDA = {"device_type": "cuda", "compute_capability": (9, 0)}
+
+
+def test_interpreted_kernels_are_close_to_the_reference():
+    program = Path(__file__).with_name("interpreted_lanes.py")
+    env = os.environ | {"PYTHONPATH": str(Path(lut_linear.__file__).parents[3])}
+    result = subprocess.run([sys.executable, program], capture_output=True, text=True, check=False, env=env)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("close") == 4
+    assert result.stdout.count("not finite") == 1
+    assert result.stdout.count("decoded") == 3
+
+
+def test_halves_of_a_table_add_up_to_every_entry():
+    lower, upper = torch.meshgrid(torch.arange(-128, 127), torch.arange(-128, 127), indexing="ij")
+    a, b = carry(lower, upper)
+    assert torch.stack((a, b)).aminmax() == (-128, 127)
+    # a permutation returns the sign of the byte of the other half
+    assert torch.equal(a - (b < 0).long(), lower)
+    assert torch.equal(b - (a < 0).long(), upper)
+
+
+@pytest.mark.parametrize("bits", [1, 2, 3, 4])
+def test_entries_are_integers_within_a_unit_and_a_half(bits):
+    table = torch.randn(2, 16, 2**bits, generator=torch.Generator().manual_seed(bits)).half()
+    registers, scale = limb_tables(table)
+    assert registers.shape == (1, 2, 8, 2, 8)
+    # tile, group, g, r, register -> group, row, limb, half, entry
+    bytes_of = (registers.long()[..., None] >> torch.arange(0, 32, 8)) & 255
+    signed = torch.where(bytes_of >= 128, bytes_of - 256, bytes_of)
+    halves = signed[0].permute(0, 2, 1, 3, 4).reshape(2, 16, 2, 2, 8)
+    if bits == 4:  # undo the carries
+        halves = halves - (halves.flip(3) < 0).long()
+    entries = halves.flatten(3)[..., : 2**bits]
+    value = (256 * entries[:, :, 0] + entries[:, :, 1]).double() * scale[..., None].double()
+    unit = table.double().abs().amax(2, keepdim=True) / LARGEST_ENTRY
+    assert ((value - table.double()).abs() <= 1.501 * unit).all()
+
+
+def test_bits_and_nibbles_by_hand():
+    codes = torch.zeros(16, 256, dtype=torch.uint8)
+    codes[9, 3 * 32 + 16 + 4 * 2 + 1] = 2  # row 1 + 8, step 3, half 1, lane 4 + 2, place 1; plane 1
+    planes = pack_codes(make_layer(16, 256, bits=2, kind="planes").problem, codes)
+    assert planes.shape == (1, 1, 2, 32, 4)
+    assert planes[0, 0, 1, 4 + 2, 2 + 1] == 1 << (8 + 3)
+    nibbles = pack_codes(make_layer(16, 256, bits=4, kind="codebook").problem, codes)
+    assert nibbles[0, 0, 1, 4 + 2, 2 + 1] == 2 << (16 + 4)  # word 2 * 3 + 1
+    thirds = pack_codes(make_layer(16, 256, bits=3, kind="codebook").problem, codes)
+    assert thirds[0, 0, 1, 4 + 2, 0] == 8 << (16 + 4)  # word 3 + 1: the second bit of the fourth step
+    for tiles in (planes, nibbles, thirds):
+        assert tiles.count_nonzero() == 1
+
+
+@pytest.mark.parametrize("kind", ["codebook", "planes"])
+def test_every_code_is_stored_in_its_bits(kind):
+    for bits in range(1, 5 if kind == "codebook" else 9):
+        layer = make_layer(70, 2000, bits=bits, kind=kind)
+        assert pack_codes(layer.problem, layer.codes).numel() * 32 == 80 * 2048 * bits
+
+
+def test_what_never_ran_on_a_device_is_chosen_only_by_name():
+    for kind, bits in (("codebook", 3), ("planes", 2)):
+        problem = LutProblem(out_features=64, in_features=256, kind=kind, weight_bits=bits, **CUDA)
+        reasons = {(row.tokens, row.implementation): row.reason for row in lut_linear.plan(problem).explain()}
+        assert "has not run on a GPU in this form" in reasons["0-16", "lanes"]
+        assert lut_linear.plan(problem, force="lanes").implementation(4096) == "lanes"
+
+
+def test_refusals_have_reasons():
+    fields = {"out_features": 64, "in_features": 256, "weight_bits": 4, "kind": "codebook"} | CUDA
+    for change, words in (
+        ({"compute_capability": (7, 5)}, "compute capability 8.0"),
+        ({"group_size": 16}, "multiple of 32"),
+        ({"weight_bits": 5}, "at most 16 entries"),
+        ({"table_dtype": torch.float32}, "float16 entries"),
+    ):
+        with pytest.raises(UnsupportedError, match=words):
+            lut_linear.plan(LutProblem(**fields | change), force="lanes")
+
+
+def test_warps_fill_the_device_and_have_blocks():
+    for shape, expected in (((28672, 8192), 2), ((11008, 4096), 4), ((4096, 4096), 8), ((64, 256), 2)):
+        problem = LutProblem(out_features=shape[0], in_features=shape[1], kind="planes", weight_bits=2)
+        assert choose_warps(problem, 132) == expected
+
+
+@pytest.mark.parametrize(
+    ("capability", "kind", "bits", "tiles", "unit"),
+    [
+        (90, "planes", 2, 1, 0),
+        (80, "codebook", 4, 1, 0),
+        (90, "codebook", 3, 1, 128),
+        pytest.param(90, "planes", 2, 8, 0, marks=pytest.mark.slow),
+        pytest.param(90, "planes", 2, 1, 128, marks=pytest.mark.slow),
+        pytest.param(90, "planes", 8, 2, 32, marks=pytest.mark.slow),
+        pytest.param(90, "codebook", 4, 8, 0, marks=pytest.mark.slow),
+    ],
+)
+def test_machine_code(capability, kind, bits, tiles, unit):
+    is_planes = kind == "planes"
+    pointers = {"x": "fp16", "words": "i32", "unit": "fp32", "sums": "fp32", "packed": "i32", "limb_scale": "fp32"}
+    pointers |= {"table": "fp16" if is_planes else "i32", "offset": "fp16", "row_offsets": "i32", "columns": "i16"}
+    pointers |= {"values": "fp16", "bias": "fp16", "out": "fp16"}
+    signature = {name: f"*{element}" for name, element in pointers.items()}
+    sizes = ("M", "N", "stride_xm", "N_PADDED", "NUM_BLOCKS", "NUM_GROUPS", "ROUNDS", "NUM_SUMS", "ALL_TILES")
+    signature |= dict.fromkeys(sizes, "i32")
+    constants = {
+        "WARPS": 4,
+        "TILES": tiles,
+        "BITS": bits,
+        "PLANES": is_planes,
+        "UNIT": unit,
+        "GROUP_SIZE": unit or ONE_GROUP,
+        "SINGLE": tiles == 1,
+        "HAS_OFFSET": is_planes,
+        "HAS_SPARSE": True,
+        "HAS_BIAS": True,
+        "WAITS": capability == 90,
+        "ASM": True,
+    }
+    binary = compile_kernel(
+        lane_kernel,
+        signature,
+        constants,
+        capability=capability,
+        divisible=[*pointers, "N", "stride_xm", "N_PADDED"],
+        num_warps=4,
+        num_stages=1,
+    )
+    assert binary.stack_bytes == 0
+    # per block of 256 elements: eight steps of each plane, or of both bytes of entries and both halves of sixteen
+    assert binary.count("IMMA") == 8 * tiles * (bits if is_planes else 4 if bits == 4 else 2)
+    assert binary.count("PRMT") >= (0 if is_planes else 8 * 8 * (2 if bits == 4 else 1))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kind": "codebook", "bits": 4, "sparse": True},
+        {"kind": "codebook", "bits": 3, "group_size": 64, "sparse": True},
+        {"kind": "codebook", "bits": 2},
+        {"kind": "planes", "bits": 2, "group_size": 128, "offset": True},
+        {"kind": "planes", "bits": 3, "group_size": 32},
+        {"kind": "planes", "bits": 8, "offset": True, "table_dtype": torch.float32},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("num_tokens", [0, 1, 5, 16, 65])
+def test_gpu_kernel_of_lanes(dtype, options, num_tokens):
+    fields = describe_device("cuda")
+    layer = make_layer(391, 1300, **options, device=fields.pop("device_type"), **fields)
+    x = torch.randn(2 * num_tokens, 1300, device="cuda").to(dtype)[::2]
+    exact = x.double() @ layer.weight.T
+    plan = lut_linear.plan(layer.problem, force="lanes")
+    operand = plan.prepare(*layer.tensors)
+    result = plan.linear(x, operand, out_dtype=torch.float32)
+    assert torch.equal(result, plan.linear(x, operand, out_dtype=torch.float32))
+    assert result.shape == (num_tokens, 391)
+    is_decoded = num_tokens > 16 and dtype != torch.float32
+    error = (result - exact).norm() / exact.norm() if num_tokens else 0.0
+    assert error <= (2 * torch.finfo(dtype).eps if is_decoded else 1e-4)
