@@ -9,6 +9,7 @@ import pickle
 import pytest
 import torch
 from tiny_models import tiny_model
+from transformers import AutoModelForCausalLM
 
 from quattuor.activations import DynamicQuantizer
 from quattuor.formats import Integer, TwoLevelInteger
@@ -215,3 +216,20 @@ def test_linears_that_are_not_packed_or_not_integer_stay_apart():
     quantize(model, rtn(group_size=16), TOKENS)
     (reason,) = set(share_inputs(model).values())
     assert "floating-point products" in reason
+
+
+def test_a_loaded_model_shares_and_saves_what_it_was(tmp_path):
+    model = tiny_model("llama")
+    quantize(model, rtn(group_size=None, activation_bits=8), TOKENS)
+    with torch.no_grad():
+        expected = model(TOKENS).logits
+    model.save_pretrained(tmp_path / "first")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    attention = loaded.model.layers[0].self_attn
+    assert attention.q_proj.shared is attention.k_proj.shared is attention.v_proj.shared is not None
+    with torch.no_grad():
+        assert torch.equal(loaded(TOKENS).logits, expected)
+    loaded.save_pretrained(tmp_path / "second")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "second").state_dict()
+    assert again.keys() == model.state_dict().keys()
+    assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
