@@ -24,8 +24,8 @@ from benchmarks.kernels.timing import Batch, Contender, median_latencies
 from benchmarks.kernels.weight_only import SHAPES, floor_us, make_batch
 from benchmarks.kernels.weight_only_uniform import Uniform, gate_of, layers_of, problem_of
 from quattuor.kernels.dispatch import Operand, describe_device
-from quattuor.kernels.w4a16_linear import measured, triton_kernel
-from quattuor.kernels.w4a16_linear.planes import Tile, layout_of
+from quattuor.kernels.w4a16_linear import fragments_kernel, measured, triton_kernel
+from quattuor.kernels.w4a16_linear.planes import MAX_FEW_TOKENS, FewTile, Tile, layout_of
 
 __all__ = ["candidates", "main"]
 
@@ -33,12 +33,15 @@ __all__ = ["candidates", "main"]
 TIMED = {8: 1, 16: 16, 32: 32, 64: 64, 128: 128, 256: 256}
 PROCESSORS = 132
 SHARED_BYTES = 227 * 1024
+REGISTERS = 65536
 
-Found = list[tuple[float, Tile]]
+Found = list[tuple[float, Tile | FewTile]]
 
 
-def candidates(shape: tuple[int, int], max_tokens: int, kind: Uniform) -> Iterator[Tile]:
+def candidates(shape: tuple[int, int], max_tokens: int, kind: Uniform) -> Iterator[Tile | FewTile]:
     """Yield the tiles worth timing."""
+    if max_tokens <= MAX_FEW_TOKENS:
+        yield from few_tiles(kind, max_tokens)
     layout = layout_of(problem_of(shape, kind))
     num_blocks = -(-shape[1] // layout.block_k)
     seen = set()
@@ -63,6 +66,26 @@ def candidates(shape: tuple[int, int], max_tokens: int, kind: Uniform) -> Iterat
                 yield tile
 
 
+def few_tiles(kind: Uniform, max_tokens: int) -> Iterator[FewTile]:
+    """Yield tiles of the kernel for few tokens that fill the registers of every multiprocessor."""
+    for fragments, num_warps, max_registers, ahead in (
+        (1, 4, 128, True),
+        (1, 4, 80, False),
+        (1, 8, 128, True),
+        (2, 4, 168, True),
+        (2, 4, 128, False),
+    ):
+        # 16 tokens or three words leave no registers for the rows of a second fragment
+        if fragments == 1 or (max_tokens <= 8 and kind.bits != 3):
+            yield FewTile(
+                fragments=fragments,
+                num_warps=num_warps,
+                programs=PROCESSORS * (REGISTERS // (max_registers * 32 * num_warps)),
+                ahead=ahead,
+                max_registers=max_registers,
+            )
+
+
 def families(max_tokens: int) -> Iterator[tuple]:
     """Yield rows, tokens, warps, stages, programs per multiprocessor, overlaps and raw operands or not."""
     none, both = ("none",), (True, False)
@@ -79,12 +102,13 @@ def families(max_tokens: int) -> Iterator[tuple]:
         yield 128, 64, 8, (2, 3), (1, 2), none, (False,)
 
 
-def launch(kind: Uniform, tile: Tile, batch: Batch, operand: Operand) -> torch.Tensor:
+def launch(kind: Uniform, tile: Tile | FewTile, batch: Batch, operand: Operand) -> torch.Tensor:
     """Compute the layer with a tile."""
     tensors = operand.layout("fields")
     shape = (tensors["packed"].shape[0] * 128, batch.x.shape[1])
     out = torch.empty(batch.x.shape[0], shape[0], dtype=torch.float16, device="cuda")
-    triton_kernel.launch(
+    start = fragments_kernel.launch_fragments if isinstance(tile, FewTile) else triton_kernel.launch
+    start(
         batch.x,
         tensors["packed"],
         tensors["scale"],
@@ -108,7 +132,7 @@ def time_case(
     contenders = []
     for tile in tiles:
 
-        def run(batch: Batch, i: int, tile: Tile = tile) -> torch.Tensor:
+        def run(batch: Batch, i: int, tile: Tile | FewTile = tile) -> torch.Tensor:
             return launch(kind, tile, batch, layers[i % len(layers)])
 
         reason = gate_of(run, decoded)(batch)
@@ -128,7 +152,7 @@ def time_case(
     return sorted(zip(latencies, tiles, strict=True), key=lambda item: item[0])
 
 
-def compile_one(job: tuple[tuple[int, int], Uniform, int, Tile]) -> None:
+def compile_one(job: tuple[tuple[int, int], Uniform, int, Tile | FewTile]) -> None:
     """Run one candidate on a part of the layer, so that its kernel lies in the cache on disk."""
     shape, kind, max_tokens, tile = job
     part = (256, shape[1])
@@ -144,12 +168,16 @@ def compile_jobs(cases: list[tuple[tuple[int, int], Uniform]], counts: list[int]
         is_even = shape[1] % layout_of(problem_of(shape, kind)).block_k == 0
         for tile in candidates(shape, max_tokens, kind):
             fields = asdict(tile)
-            is_split = fields.pop("split") > 1
-            jobs.setdefault((kind, is_even, is_split, *fields.values()), (shape, kind, max_tokens, tile))
+            is_split = (fields.pop("split", None) or fields.pop("programs")) > 1
+            # the kernel for few tokens is compiled for the spans of 8 in the batch, not for those of the tile
+            spans = -(-TIMED[max_tokens] // 8) if isinstance(tile, FewTile) else 0
+            jobs.setdefault((kind, is_even, is_split, spans, *fields.values()), (shape, kind, max_tokens, tile))
     return list(jobs.values())
 
 
-def row_of(shape: tuple[int, int], kind: Uniform, max_tokens: int, latency_us: float, tile: Tile) -> dict:
+def row_of(
+    shape: tuple[int, int], kind: Uniform, max_tokens: int, latency_us: float, tile: Tile | FewTile
+) -> dict:
     """Return a row of the file."""
     return {
         "n": shape[0],

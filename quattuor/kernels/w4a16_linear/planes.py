@@ -15,6 +15,7 @@ __all__ = [
     "MIN_PLANE",
     "STORED_BITS",
     "TILE_ROWS",
+    "FewTile",
     "Layout",
     "Tile",
     "layout_of",
@@ -34,6 +35,8 @@ MAX_PLANE = {2: 64, 3: 32, 4: 64, 8: 64}
 MIN_PLANE = 16
 #: Rows that lie together in memory; the packed weight is padded to whole tiles of rows.
 TILE_ROWS = 128
+#: The most tokens of the kernel for few.
+MAX_FEW_TOKENS = 16
 #: Integer zero points of the stored codes up to this are kept in a byte and subtracted before the product.
 MAX_ZERO = 255
 
@@ -55,6 +58,35 @@ class Tile:
     overlap: str = "none"
     raw: bool = False
     max_registers: int | None = None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FewTile:
+    """The work of a program of the kernel for few tokens: tiles of 16 `fragments` rows, a block of K a warp.
+
+    `programs` share the blocks of all tiles equally. `ahead` loads a block before that ahead of it is multiplied.
+    `max_registers` caps what the compiler gives a thread.
+    """
+
+    fragments: int
+    num_warps: int
+    programs: int
+    ahead: bool = True
+    max_registers: int | None = None
+
+    def refuses(self, x: Tensor, layout: "Layout") -> str | None:
+        """Return None where the kernel takes these activations with a weight in this layout, else the reason."""
+        if not 0 < x.shape[0] <= MAX_FEW_TOKENS:
+            return f"takes 1 to {MAX_FEW_TOKENS} tokens"
+        if x.dtype not in (torch.float16, torch.bfloat16):
+            return "takes activations of 16 bits"
+        if layout.bits == 8 and x.dtype == torch.bfloat16:
+            return "8-bit codes do not fit the mantissa of bfloat16"
+        if layout.plane_k % 32:
+            return "needs planes of 32 or 64 elements"
+        if x.stride(1) != 1 or x.shape[1] % 8 or x.stride(0) % 8 or x.data_ptr() % 16:
+            return "loads 8 activations at a time, from multiples of 16 bytes"
+        return None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from quattuor.kernels.w4a16_linear import measured
 from quattuor.kernels.w4a16_linear.planes import (
     MIN_PLANE,
     STORED_BITS,
+    FewTile,
     Layout,
     Tile,
     layout_of,
@@ -62,14 +63,24 @@ def choose_tile(
 
 
 @functools.lru_cache(maxsize=4096)
-def tile_for(problem: LinearProblem, num_tokens: int, element_size: int, device: torch.device) -> Tile:
+def tile_for(
+    problem: LinearProblem, num_tokens: int, element_size: int, device: torch.device, takes_few: bool = True
+) -> Tile | FewTile:
     """Return the measured tile of a layer, or the one that the rule gives."""
     tile = measured.find(problem, num_tokens) if element_size == 2 else None
-    if tile is not None:
+    if isinstance(tile, Tile) or (tile is not None and takes_few):
         return tile
     layout = layout_of(problem)
     num_blocks = -(-problem.in_features // layout.block_k)
     return choose_tile(num_tokens, problem.out_features, layout, num_blocks, *processors(device), element_size)
+
+
+def tile_of(problem: LinearProblem, x: Tensor) -> Tile | FewTile:
+    """Return the tile for these activations."""
+    tile = tile_for(problem, x.shape[0], x.element_size(), x.device)
+    if isinstance(tile, FewTile) and tile.refuses(x, layout_of(problem)):
+        tile = tile_for(problem, x.shape[0], x.element_size(), x.device, False)
+    return tile
 
 
 def is_decoded(x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> bool:
@@ -116,6 +127,7 @@ class Triton(Implementation):
         out_dtype: torch.dtype,
     ) -> Tensor:
         from quattuor.kernels.w4a16_linear.decode_kernel import launch_decode
+        from quattuor.kernels.w4a16_linear.fragments_kernel import launch_fragments
         from quattuor.kernels.w4a16_linear.triton_kernel import launch
 
         (x,) = inputs
@@ -131,13 +143,9 @@ class Triton(Implementation):
                 launch_decode(*weight, decoded, **kind)
                 return torch.nn.functional.linear(x, decoded, bias)
             out = torch.empty(num_tokens, out_features, dtype=out_dtype, device=x.device)
-            launch(
-                x if x.stride(1) == 1 else x.contiguous(),
-                *weight,
-                operand["arrivals"],
-                bias if bias is None else bias.contiguous(),
-                out,
-                tile=tile_for(problem, num_tokens, x.element_size(), x.device),
-                **kind,
-            )
+            x = x if x.stride(1) == 1 else x.contiguous()
+            bias = bias if bias is None else bias.contiguous()
+            tile = tile_of(problem, x)
+            start = launch_fragments if isinstance(tile, FewTile) else launch
+            start(x, *weight, operand["arrivals"], bias, out, tile=tile, **kind)
         return out
