@@ -8,7 +8,7 @@ Lane 4 g + t of a warp holds rows 2 R g ... 2 R g + 2 R - 1 of a tile of 16 R ro
 the words 8 t ... 8 t + 7, which two products of 16 along K take; the activations follow the same order. Zero
 points are subtracted from the sum over a group, times the sum of its activations, which products with ones give.
 
-Only a measured tile chooses this kernel: its products were right on a device, its speed is not known yet.
+Only a measured tile chooses this kernel.
 """
 
 import torch
