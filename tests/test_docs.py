@@ -221,7 +221,7 @@ def test_existing_modules_of_the_import_table() -> None:
 
 
 def test_readme_fits_two_screens() -> None:
-    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 110
+    assert len((ROOT / "README.md").read_text(encoding="utf-8").splitlines()) <= 120
 
 
 def test_readme_names_every_architecture() -> None:
