@@ -84,10 +84,12 @@ def single_entries(shape: tuple[int, int]) -> tuple[Tensor, Tensor, Tensor]:
     return row_offsets, columns, torch.randn(columns.shape, device="cuda").half()
 
 
-def layers_of(shape: tuple[int, int], kind: Table, num_layers: int | None = None) -> tuple[Tensor, list[Operand]]:
+def layers_of(
+    shape: tuple[int, int], kind: Table, num_layers: int | None = None, force: str | None = None
+) -> tuple[Tensor, list[Operand]]:
     """Return the weight of a random layer as float32, and enough packed layers, it first, to stay cold."""
     problem = problem_of(shape, kind)
-    plan = lut_linear.plan(problem)
+    plan = lut_linear.plan(problem, force)
     codes = torch.randint(2**kind.bits, shape, device="cuda", dtype=torch.uint8)
     table = torch.randn(shape[0], problem.num_groups, problem.table_size, device="cuda").half()
     offset = torch.randn(shape[0], problem.num_groups, device="cuda").half() if kind.offset else None
@@ -102,11 +104,11 @@ def layers_of(shape: tuple[int, int], kind: Table, num_layers: int | None = None
     return decoded, cold_layers(first, num_layers or num_copies(first.nbytes))
 
 
-def tables(shape: tuple[int, int], kinds: Sequence[Table] = FORMATS) -> Iterator[Packed]:
-    """Prepare Quattuor's layers of each format."""
+def tables(shape: tuple[int, int], kinds: Sequence[Table] = FORMATS, force: str | None = None) -> Iterator[Packed]:
+    """Prepare Quattuor's layers of each format, for what is chosen or for one implementation."""
     for kind in kinds:
-        plan = lut_linear.plan(problem_of(shape, kind))
-        decoded, layers = layers_of(shape, kind)
+        plan = lut_linear.plan(problem_of(shape, kind), force)
+        decoded, layers = layers_of(shape, kind, force=force)
 
         def run(batch: Batch, i: int, plan=plan, layers=layers) -> Tensor:
             return plan.linear(batch.x, layers[i % len(layers)])
@@ -128,19 +130,19 @@ def tables(shape: tuple[int, int], kinds: Sequence[Table] = FORMATS) -> Iterator
         )
 
 
-def compile_one(job: tuple[Table, int]) -> None:
+def compile_one(job: tuple[Table, int, str | None]) -> None:
     """Run one format once at a token count, on a small layer."""
-    kind, num_tokens = job
+    kind, num_tokens, force = job
     shape = (1024, 4096)
-    plan = lut_linear.plan(problem_of(shape, kind))
-    _, layers = layers_of(shape, kind, num_layers=1)
+    plan = lut_linear.plan(problem_of(shape, kind), force)
+    _, layers = layers_of(shape, kind, num_layers=1, force=force)
     plan.linear(torch.randn(num_tokens, shape[1], device="cuda").half(), layers[0])
     torch.cuda.synchronize()
 
 
-def compile_all(num_workers: int = 14) -> None:
+def compile_all(num_workers: int = 14, force: str | None = None) -> None:
     """Compile every kernel of the record; they serve every layer whose sizes are multiples of 1024."""
-    jobs = [(kind, num_tokens) for kind in FORMATS for num_tokens in (1, 16, 64)]
+    jobs = [(kind, num_tokens, force) for kind in FORMATS for num_tokens in (1, 4, 16, 64)]
     with multiprocessing.get_context("spawn").Pool(num_workers) as pool:
         pool.map(compile_one, jobs, chunksize=1)
 
