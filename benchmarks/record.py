@@ -113,8 +113,11 @@ def _error(subject: str, value: object, constraint: str, place: str, remedy: str
 
 
 def _command_line() -> str:
-    """Return this process's command line with paths relative to the repository."""
+    """Return this process's command line with paths relative to the repository, but not where the record goes."""
     arguments = ["python", *sys.orig_argv[1:]]
+    if "--json" in arguments:
+        place = arguments.index("--json")
+        del arguments[place : place + 2]
     return shlex.join(argument.replace(f"{ROOT}/", "") for argument in arguments)
 
 

@@ -59,7 +59,8 @@ def test_the_commit_is_that_of_the_checkout_and_says_when_it_was_changed(tmp_pat
 
 def test_the_command_is_this_process_by_default(tmp_path, monkeypatch):
     script = f"{record.ROOT}/benchmarks/tiny.py"
-    monkeypatch.setattr("sys.orig_argv", ["/usr/bin/python3", script, "--name", "two words"])
+    arguments = [script, "--json", "/elsewhere/a.json", "--name", "two words"]
+    monkeypatch.setattr("sys.orig_argv", ["/usr/bin/python3", *arguments])
     record.write("a", ROWS, folder=tmp_path)
     assert record.read("a", folder=tmp_path)["command"] == "python benchmarks/tiny.py --name 'two words'"
 
