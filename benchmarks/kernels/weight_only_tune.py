@@ -24,7 +24,8 @@ from benchmarks.kernels.timing import Batch, Contender, median_latencies
 from benchmarks.kernels.weight_only import SHAPES, floor_us, make_batch
 from benchmarks.kernels.weight_only_uniform import Uniform, gate_of, layers_of, problem_of
 from quattuor.kernels.dispatch import Operand, describe_device
-from quattuor.kernels.w4a16_linear import fragments_kernel, measured, triton_kernel
+from quattuor.kernels.w4a16_linear import measured, triton_kernel
+from quattuor.kernels.w4a16_linear.fragments import launch_fragments
 from quattuor.kernels.w4a16_linear.planes import MAX_FEW_TOKENS, FewTile, Tile, layout_of
 
 __all__ = ["candidates", "main"]
@@ -107,7 +108,7 @@ def launch(kind: Uniform, tile: Tile | FewTile, batch: Batch, operand: Operand) 
     tensors = operand.layout("fields")
     shape = (tensors["packed"].shape[0] * 128, batch.x.shape[1])
     out = torch.empty(batch.x.shape[0], shape[0], dtype=torch.float16, device="cuda")
-    start = fragments_kernel.launch_fragments if isinstance(tile, FewTile) else triton_kernel.launch
+    start = launch_fragments if isinstance(tile, FewTile) else triton_kernel.launch
     start(
         batch.x,
         tensors["packed"],

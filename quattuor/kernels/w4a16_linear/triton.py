@@ -127,7 +127,7 @@ class Triton(Implementation):
         out_dtype: torch.dtype,
     ) -> Tensor:
         from quattuor.kernels.w4a16_linear.decode_kernel import launch_decode
-        from quattuor.kernels.w4a16_linear.fragments_kernel import launch_fragments
+        from quattuor.kernels.w4a16_linear.fragments import launch_fragments
         from quattuor.kernels.w4a16_linear.triton_kernel import launch
 
         (x,) = inputs

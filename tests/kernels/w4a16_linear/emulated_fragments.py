@@ -14,9 +14,9 @@ import torch
 import triton
 
 from quattuor.kernels.dispatch import LinearProblem
-from quattuor.kernels.w4a16_linear import fragments_block, fragments_finish, fragments_kernel, fragments_loads
 from quattuor.kernels.w4a16_linear.decode_kernel import constants
-from quattuor.kernels.w4a16_linear.fragments_text import BFLOAT, EXACT, RAW
+from quattuor.kernels.w4a16_linear.fragments import block, finish, kernel, loads
+from quattuor.kernels.w4a16_linear.fragments.text import BFLOAT, EXACT, RAW
 from quattuor.kernels.w4a16_linear.planes import FewTile, layout_of, prepare_tensors
 
 SUBNORMAL = 2.0**-24
@@ -194,7 +194,7 @@ def emulate(problem: LinearProblem, weight, x, bias, tile: FewTile, kind=None) -
     if kind is None:
         kind = BFLOAT if x.dtype == torch.bfloat16 else EXACT
     namespace = {}
-    for module in (fragments_loads, fragments_block, fragments_finish, fragments_kernel):
+    for module in (loads, block, finish, kernel):
         namespace |= vars(module)
     for name, value in namespace.items():
         if isinstance(value, triton.JITFunction):

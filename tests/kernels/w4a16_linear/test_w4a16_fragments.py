@@ -14,8 +14,8 @@ from emulated_fragments import emulate
 
 from quattuor.kernels.dispatch import LinearProblem, describe_device
 from quattuor.kernels.w4a16_linear import measured, triton
-from quattuor.kernels.w4a16_linear.fragments_kernel import fragments_kernel, launch_fragments
-from quattuor.kernels.w4a16_linear.fragments_text import BFLOAT, EXACT, RAW, field_position, field_shift, plane_at
+from quattuor.kernels.w4a16_linear.fragments.kernel import fragments_kernel, launch_fragments
+from quattuor.kernels.w4a16_linear.fragments.text import BFLOAT, EXACT, RAW, field_position, field_shift, plane_at
 from quattuor.kernels.w4a16_linear.planes import FewTile, Layout, Tile, layout_of, prepare_tensors
 
 SMALL = FewTile(fragments=1, num_warps=2, programs=3)

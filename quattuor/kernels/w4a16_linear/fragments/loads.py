@@ -8,7 +8,7 @@ Every tensor has one element per thread, so that it is a register; tuples of the
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from quattuor.kernels.w4a16_linear.fragments_text import load_text, masked_load_text
+from quattuor.kernels.w4a16_linear.fragments.text import load_text, masked_load_text
 
 __all__ = ["hold_loads", "load_block", "load_tokens", "load_values"]
 

@@ -5,7 +5,7 @@
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from quattuor.kernels.w4a16_linear.fragments_text import unit_of
+from quattuor.kernels.w4a16_linear.fragments.text import unit_of
 
 __all__ = ["finish"]
 

@@ -17,11 +17,12 @@ from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
+from quattuor.kernels.launch import launcher
 from quattuor.kernels.w4a16_linear.decode_kernel import constants
-from quattuor.kernels.w4a16_linear.fragments_block import MIDDLE, OFFSET, add_block, zeros_of
-from quattuor.kernels.w4a16_linear.fragments_finish import finish
-from quattuor.kernels.w4a16_linear.fragments_loads import hold_loads, load_block, load_values
-from quattuor.kernels.w4a16_linear.fragments_text import BFLOAT, EXACT, RAW
+from quattuor.kernels.w4a16_linear.fragments.block import MIDDLE, OFFSET, add_block, zeros_of
+from quattuor.kernels.w4a16_linear.fragments.finish import finish
+from quattuor.kernels.w4a16_linear.fragments.loads import hold_loads, load_block, load_values
+from quattuor.kernels.w4a16_linear.fragments.text import BFLOAT, EXACT, RAW
 from quattuor.kernels.w4a16_linear.planes import TILE_ROWS, FewTile, Layout
 
 __all__ = ["fragments_kernel", "launch_fragments"]
@@ -258,7 +259,7 @@ def launch_fragments(
         partial = torch.empty(shape, dtype=torch.float32, device=out.device)
     fields = constants(layout, group_size, zero_point, False)
     del fields["ASM"]
-    fragments_kernel[(programs,)](
+    launcher(fragments_kernel, (programs,))(
         x,
         packed,
         scale,

@@ -8,8 +8,8 @@ Every tensor has one element per thread, so that it is a register; tuples of the
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from quattuor.kernels.w4a16_linear.fragments_loads import load_tokens
-from quattuor.kernels.w4a16_linear.fragments_text import (
+from quattuor.kernels.w4a16_linear.fragments.loads import load_tokens
+from quattuor.kernels.w4a16_linear.fragments.text import (
     ends_unit,
     factor,
     field_position,
