@@ -18,6 +18,7 @@ from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared,
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from quattuor.kernels.launch import launcher
 from quattuor.kernels.w4a8_linear.gluon_consumer import CHANNEL, HALF, INTEGER, UNCLAMPED, consume
 from quattuor.kernels.w4a8_linear.gluon_schedule import num_items, place, share
 from quattuor.kernels.w4a8_linear.hopper import Schedule
@@ -308,7 +309,7 @@ def launch(
         out_desc = TensorDescriptor(
             out, [num_tokens, out_features], [out_features, 1], [tile.tokens // tile.spans, 64], OUT_LAYOUT
         )
-    w4a8_hopper_kernel[(schedule.programs,)](
+    launcher(w4a8_hopper_kernel, (schedule.programs,))(
         x_desc,
         w_desc,
         group_desc,

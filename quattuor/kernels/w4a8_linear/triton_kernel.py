@@ -14,6 +14,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from quattuor.kernels.launch import launcher
 from quattuor.kernels.w4a8_linear.narrow import BLOCKS
 from quattuor.kernels.w4a8_linear.planes import Tile
 from quattuor.kernels.w4a8_linear.unpacking import (
@@ -348,7 +349,7 @@ def launch(
     if tile.split > 1:
         shape = (row_tiles * token_tiles * tile.split * tile.rows * tile.tokens,)
         partial = torch.empty(shape, dtype=torch.int32, device=out.device)
-    w4a8_kernel[(row_tiles, token_tiles, tile.split)](
+    launcher(w4a8_kernel, (row_tiles, token_tiles, tile.split))(
         x_codes,
         x_scale,
         x_scale if x_zero_point is None else x_zero_point,

@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from quattuor.kernels.launch import launcher
 from quattuor.kernels.lut_linear.decode_kernel import CHUNK, add_entries_kernel
 from quattuor.kernels.lut_linear.lanes.instructions import load_words, permute, selectors, shift_right
 from quattuor.kernels.lut_linear.lanes.layout import TILE_ROWS
@@ -131,7 +132,7 @@ def decode_rows(
     packed, table, is_planes = operand["packed"], operand["table"], problem.kind == "planes"
     row_tiles, num_blocks = packed.shape[:2]
     group_size = problem.group_size or ONE_GROUP
-    decode_kernel[(triton.cdiv(len(out), TILE_ROWS), triton.cdiv(num_blocks, WARPS))](
+    launcher(decode_kernel, (triton.cdiv(len(out), TILE_ROWS), triton.cdiv(num_blocks, WARPS)))(
         packed,
         table,
         operand.get("offset", table),
@@ -152,6 +153,6 @@ def decode_rows(
     )
     if "values" in operand:
         row_offsets = operand["row_offsets"][first_row:]
-        add_entries_kernel[(len(out),)](
+        launcher(add_entries_kernel, (len(out),))(
             row_offsets, operand["columns"], operand["values"], out, problem.in_features, CHUNK=CHUNK, num_warps=1
         )

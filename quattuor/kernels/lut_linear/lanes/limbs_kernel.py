@@ -9,6 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents
 
+from quattuor.kernels.launch import launcher
 from quattuor.kernels.lut_linear.lanes.layout import BLOCK_K
 
 __all__ = ["TOKENS_OF_TILE", "Limbs", "limbs_kernel", "limbs_of"]
@@ -119,7 +120,7 @@ def limbs_of(x: Tensor, num_blocks: int, tiles: int, *, parts: int, is_shifted: 
     words = torch.empty(num_blocks * BLOCK_K * tiles * TOKENS_OF_TILE, dtype=torch.int32, device=x.device)
     unit = torch.empty(tiles * TOKENS_OF_TILE, dtype=torch.float32, device=x.device)
     sums = torch.empty(num_blocks * parts, tiles * TOKENS_OF_TILE, dtype=torch.float32, device=x.device)
-    limbs_kernel[(num_blocks, tiles)](
+    launcher(limbs_kernel, (num_blocks, tiles))(
         x,
         words,
         unit,

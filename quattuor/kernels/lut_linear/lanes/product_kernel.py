@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
+from quattuor.kernels.launch import launcher
 from quattuor.kernels.lut_linear.lanes.layout import BLOCK_K, TILE_ROWS, unit_of
 from quattuor.kernels.lut_linear.lanes.limbs_kernel import TOKENS_OF_TILE, limbs_of
 from quattuor.kernels.lut_linear.lanes.steps import (
@@ -311,7 +312,7 @@ def launch(
     all_tiles = triton.cdiv(all_tiles, tiles) * tiles
     limbs = limbs_of(x, rounds * num_warps, all_tiles, parts=parts, is_shifted=is_planes, starts=starts)
     table = operand["table"] if is_planes else operand["limbs"]
-    lane_kernel[(row_tiles, all_tiles // tiles)](
+    launcher(lane_kernel, (row_tiles, all_tiles // tiles))(
         x,
         limbs.words,
         limbs.unit,
