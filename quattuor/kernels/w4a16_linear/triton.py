@@ -127,7 +127,6 @@ class Triton(Implementation):
         out_dtype: torch.dtype,
     ) -> Tensor:
         from quattuor.kernels.w4a16_linear.decode_kernel import launch_decode
-        from quattuor.kernels.w4a16_linear.fragments import launch_fragments
         from quattuor.kernels.w4a16_linear.triton_kernel import launch
 
         (x,) = inputs
@@ -146,6 +145,7 @@ class Triton(Implementation):
             x = x if x.stride(1) == 1 else x.contiguous()
             bias = bias if bias is None else bias.contiguous()
             tile = tile_of(problem, x)
-            start = launch_fragments if isinstance(tile, FewTile) else launch
-            start(x, *weight, operand["arrivals"], bias, out, tile=tile, **kind)
+            if isinstance(tile, FewTile):  # no other layer needs Gluon
+                from quattuor.kernels.w4a16_linear.fragments import launch_fragments as launch
+            launch(x, *weight, operand["arrivals"], bias, out, tile=tile, **kind)
         return out

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from quattuor.kernels.launch import launcher
 from quattuor.kernels.lut_linear.decode_kernel import CHUNK, add_entries_kernel
-from quattuor.kernels.lut_linear.lanes.instructions import load_words, permute, selectors, shift_right
+from quattuor.kernels.lut_linear.lanes.instructions import ONCE, load_words, permute, selectors, shift_right
 from quattuor.kernels.lut_linear.lanes.layout import TILE_ROWS
 from quattuor.kernels.lut_linear.layout import ONE_GROUP
 from quattuor.kernels.lut_linear.problem import LutProblem
@@ -94,7 +94,7 @@ def decode_kernel(
     weight = packed + ((first_tile + tile).to(tl.int64) * NUM_BLOCKS + block) * (BITS * 128) + lane * 4
     words = ()
     for load in tl.static_range(BITS):
-        words += load_words(weight + load * 128, ASM)
+        words += load_words(weight + load * 128, ONCE, ASM)
     for r in tl.static_range(2):
         place = tile * 16 + lane // 4 + 8 * r
         row = first_tile * 16 + place

@@ -7,32 +7,20 @@ With ASM the functions are inline assembly; without, arithmetic with the same re
 import triton
 import triton.language as tl
 
-__all__ = ["load_shared_words", "load_words", "multiply", "permute", "selectors", "shift_right"]
+__all__ = ["ONCE", "SHARED", "load_words", "multiply", "permute", "selectors", "shift_right"]
+
+
+# How words are loaded: those that no other program reads, and those that other warps read as well.
+ONCE = tl.constexpr("ld.global.nc.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];")
+SHARED = tl.constexpr("ld.global.v4.b32 {$0, $1, $2, $3}, [$4];")
 
 
 @triton.jit
-def load_words(pointer, ASM: tl.constexpr):
-    """Four neighbouring 32-bit words that no other program reads."""
+def load_words(pointer, HOW: tl.constexpr, ASM: tl.constexpr):
+    """Four neighbouring 32-bit words, which the kernel before may have written if they are SHARED."""
     if ASM:
         result = tl.inline_asm_elementwise(
-            "ld.global.nc.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];",
-            "=r,=r,=r,=r,l",
-            [pointer.to(tl.int64)],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        result = tl.load(pointer), tl.load(pointer + 1), tl.load(pointer + 2), tl.load(pointer + 3)
-    return result
-
-
-@triton.jit
-def load_shared_words(pointer, ASM: tl.constexpr):
-    """Four neighbouring 32-bit words that other warps read as well, written by the kernel before."""
-    if ASM:
-        result = tl.inline_asm_elementwise(
-            "ld.global.v4.b32 {$0, $1, $2, $3}, [$4];",
+            HOW,
             "=r,=r,=r,=r,l",
             [pointer.to(tl.int64)],
             dtype=(tl.int32, tl.int32, tl.int32, tl.int32),

@@ -5,7 +5,8 @@ import triton
 import triton.language as tl
 
 from quattuor.kernels.lut_linear.lanes.instructions import (
-    load_shared_words,
+    ONCE,
+    SHARED,
     load_words,
     multiply,
     permute,
@@ -22,7 +23,7 @@ def load_block(weight, block, NUM_BLOCKS, BITS: tl.constexpr, ASM: tl.constexpr)
     words = ()
     start = weight + tl.minimum(block, NUM_BLOCKS - 1) * (BITS * 128)
     for load in tl.static_range(BITS):
-        words += load_words(start + load * 128, ASM)
+        words += load_words(start + load * 128, ONCE, ASM)
     return words
 
 
@@ -31,7 +32,7 @@ def load_tokens(operand, stride, PAIR: tl.constexpr, TILES: tl.constexpr, ASM: t
     """Bytes of the tokens for two steps: four words for each tile."""
     words = ()
     for tile in tl.static_range(TILES):
-        words += load_shared_words(operand + PAIR * stride + tile * 128, ASM)
+        words += load_words(operand + PAIR * stride + tile * 128, SHARED, ASM)
     return words
 
 
@@ -39,8 +40,10 @@ def load_tokens(operand, stride, PAIR: tl.constexpr, TILES: tl.constexpr, ASM: t
 def load_table(limbs, group, row_of_lane, ASM: tl.constexpr):
     """The sixteen registers of entries of the rows g and g + 8."""
     start = limbs + group * 128 + row_of_lane * 16
-    first = load_shared_words(start, ASM) + load_shared_words(start + 4, ASM)
-    return first + load_shared_words(start + 8, ASM) + load_shared_words(start + 12, ASM)
+    words = ()
+    for load in tl.static_range(4):
+        words += load_words(start + load * 4, SHARED, ASM)
+    return words
 
 
 @triton.jit
