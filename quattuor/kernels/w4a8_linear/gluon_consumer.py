@@ -219,6 +219,52 @@ def slab_pointer(partial, slab, TOKENS: gl.constexpr, mma: gl.constexpr):
 
 
 @gluon.jit
+def leave_sums(
+    acc0,
+    acc1,
+    partial,
+    arrivals,
+    me,
+    CONSUMER: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    PARTS: gl.constexpr,
+    mma: gl.constexpr,
+):
+    """Store the accumulators for the owner of the tile, and raise this consumer's flag."""
+    for part in gl.static_range(PARTS):
+        slab = (me * CONSUMERS + CONSUMER) * PARTS + part
+        gl.store(slab_pointer(partial, slab, acc0.shape[1], mma), acc1 if part else acc0)
+    gl.thread_barrier()
+    gl.atomic_xchg(arrivals + me * CONSUMERS + CONSUMER, 1, sem="release")
+
+
+@gluon.jit
+def collect_sums(
+    acc0,
+    acc1,
+    partial,
+    arrivals,
+    first,
+    last,
+    CONSUMER: gl.constexpr,
+    CONSUMERS: gl.constexpr,
+    PARTS: gl.constexpr,
+    mma: gl.constexpr,
+):
+    """Add what the programs from `first` to before `last` leave, waiting for their flags and lowering them."""
+    for other in range(first, last):
+        flag = arrivals + other * CONSUMERS + CONSUMER
+        while gl.atomic_cas(flag, 1, 0, sem="acquire") == 0:
+            pass
+        gl.thread_barrier()
+        slab = (other * CONSUMERS + CONSUMER) * PARTS
+        acc0 += gl.load(slab_pointer(partial, slab, acc0.shape[1], mma), cache_modifier=".cg")
+        if PARTS == 2:
+            acc1 += gl.load(slab_pointer(partial, slab + 1, acc0.shape[1], mma), cache_modifier=".cg")
+    return acc0, acc1
+
+
+@gluon.jit
 def consume(
     out_desc,
     out,
@@ -249,6 +295,7 @@ def consume(
     HAS_BIAS: gl.constexpr,
     BULK_STORE: gl.constexpr,
     EARLY_SCALE: gl.constexpr,
+    IS_CUT: gl.constexpr,
     PDL: gl.constexpr,
 ):
     """Multiply BLOCKS blocks of 64 rows of every work item; store the result or leave it to the tile owner."""
@@ -268,8 +315,8 @@ def consume(
     step = 0
     if PDL:
         gdc_wait()
-    for item in range(num_items(num_tiles, num_blocks, whole, sharers)):
-        tile, first, last = share(item, num_tiles, num_blocks, whole, sharers)
+    for item in range(num_items(num_tiles, num_blocks, whole, sharers, IS_CUT)):
+        tile, first, last = share(item, num_tiles, num_blocks, whole, sharers, IS_CUT)
         row_tile, token_tile = place(tile, num_row_tiles, num_token_tiles, BAND)
         first_row = row_tile * (CONSUMERS * BLOCKS * 64) + base
         first_token = token_tile * TOKENS
@@ -309,45 +356,39 @@ def consume(
                 layout,
             )
             step += UNROLL
-        for _ in range(rest):
-            acc0, acc1 = multiply_stages(
-                acc0,
-                acc1,
-                w_smem,
-                x_smem,
-                group_smem,
-                barriers,
-                step,
-                1,
-                base,
-                CHUNKS,
-                BLOCKS,
-                SPANS,
-                STAGES,
-                MODE,
-                layout,
-            )
-            step += 1
-        if first > 0:
-            for part in gl.static_range(PARTS):
-                slab = (me * CONSUMERS + CONSUMER) * PARTS + part
-                gl.store(slab_pointer(partial, slab, SPAN, mma), acc1 if part else acc0)
-            gl.thread_barrier()
-            gl.atomic_xchg(arrivals + me * CONSUMERS + CONSUMER, 1, sem="release")
-        else:
-            if last < num_blocks:
+        if UNROLL > 1:
+            for _ in range(rest):
+                acc0, acc1 = multiply_stages(
+                    acc0,
+                    acc1,
+                    w_smem,
+                    x_smem,
+                    group_smem,
+                    barriers,
+                    step,
+                    1,
+                    base,
+                    CHUNKS,
+                    BLOCKS,
+                    SPANS,
+                    STAGES,
+                    MODE,
+                    layout,
+                )
+                step += 1
+        is_owner = True
+        if IS_CUT:
+            is_owner = first == 0
+            if first > 0:
+                leave_sums(acc0, acc1, partial, arrivals, me, CONSUMER, CONSUMERS, PARTS, mma)
+            elif last < num_blocks:
                 # the rest of this tile is with the next programs, up to the one that holds its last block
                 units = (num_tiles - whole) * num_blocks
                 final = ((tile - whole + 1) * num_blocks * sharers - 1) // units
-                for other in range(me + 1, final + 1):
-                    flag = arrivals + other * CONSUMERS + CONSUMER
-                    while gl.atomic_cas(flag, 1, 0, sem="acquire") == 0:
-                        pass
-                    gl.thread_barrier()
-                    slab = (other * CONSUMERS + CONSUMER) * PARTS
-                    acc0 += gl.load(slab_pointer(partial, slab, SPAN, mma), cache_modifier=".cg")
-                    if PARTS == 2:
-                        acc1 += gl.load(slab_pointer(partial, slab + 1, SPAN, mma), cache_modifier=".cg")
+                acc0, acc1 = collect_sums(
+                    acc0, acc1, partial, arrivals, me + 1, final + 1, CONSUMER, CONSUMERS, PARTS, mma
+                )
+        if is_owner:
             for part in gl.static_range(PARTS):
                 if EARLY_SCALE:
                     token_scale = gl.convert_layout(token_scale1 if part % SPANS else token_scale0, of_token)

@@ -54,6 +54,7 @@ def produce(
     GROUP_SIZE: gl.constexpr,
     BAND: gl.constexpr,
     STAGES: gl.constexpr,
+    IS_CUT: gl.constexpr,
     PDL: gl.constexpr,
 ):
     """Copy packed weights, the activations of both planes and their group scales into the ring of stages.
@@ -66,10 +67,10 @@ def produce(
     num_tiles = num_row_tiles * num_token_tiles
     group_bytes: gl.constexpr = 0 if MODE == CHANNEL else (2 * ROWS if MODE == INTEGER else 4 * ROWS)
     stage_bytes: gl.constexpr = ROWS * 128 + 2 * TOKENS * 128 + group_bytes
-    items = num_items(num_tiles, num_blocks, whole, sharers)
+    items = num_items(num_tiles, num_blocks, whole, sharers, IS_CUT)
     early = 0
     if PDL:
-        tile, first, last = share(0, num_tiles, num_blocks, whole, sharers)
+        tile, first, last = share(0, num_tiles, num_blocks, whole, sharers, IS_CUT)
         row_tile, token_tile = place(tile, num_row_tiles, num_token_tiles, BAND)
         early = gl.where(items > 0, gl.minimum(STAGES, last - first), 0)
         for stage in range(early):
@@ -81,7 +82,7 @@ def produce(
         gdc_wait()
     step = 0
     for item in range(items):
-        tile, first, last = share(item, num_tiles, num_blocks, whole, sharers)
+        tile, first, last = share(item, num_tiles, num_blocks, whole, sharers, IS_CUT)
         row_tile, token_tile = place(tile, num_row_tiles, num_token_tiles, BAND)
         for block in range(first, last):
             stage = step % STAGES
@@ -136,6 +137,7 @@ def w4a8_hopper_kernel(
     HAS_BIAS: gl.constexpr,
     BULK_STORE: gl.constexpr,
     EARLY_SCALE: gl.constexpr,
+    IS_CUT: gl.constexpr,
     PDL: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr,
 ):
@@ -194,6 +196,7 @@ def w4a8_hopper_kernel(
                     HAS_BIAS,
                     BULK_STORE,
                     EARLY_SCALE,
+                    IS_CUT,
                     PDL,
                 ),
             ),
@@ -229,6 +232,7 @@ def w4a8_hopper_kernel(
                     HAS_BIAS,
                     BULK_STORE,
                     EARLY_SCALE,
+                    IS_CUT,
                     PDL,
                 ),
             ),
@@ -253,6 +257,7 @@ def w4a8_hopper_kernel(
                     GROUP_SIZE,
                     BAND,
                     STAGES,
+                    IS_CUT,
                     PDL,
                 ),
             ),
@@ -337,6 +342,7 @@ def launch(
         HAS_BIAS=bias is not None,
         BULK_STORE=bulk_store,
         EARLY_SCALE=tile.has_room_for_scales(mode),
+        IS_CUT=tile.cut != "none",
         PDL=overlap,
         CONSUMER_REGISTERS=tile.registers,
         num_warps=4,

@@ -33,27 +33,33 @@ def num_left(begin, end, num_blocks):
 
 
 @gluon.jit
-def num_items(num_tiles, num_blocks, whole, sharers):
+def num_items(num_tiles, num_blocks, whole, sharers, IS_CUT: gl.constexpr):
     """Work items of this program: the piece it leaves, its whole tiles, the piece it owns."""
     me, begin, end = my_share(num_tiles, num_blocks, whole, sharers)
     programs = gl.num_programs(0)
-    owns = (begin < end) & ((end - 1) // num_blocks * num_blocks >= begin)
-    return num_left(begin, end, num_blocks) + (whole - me + programs - 1) // programs + gl.where(owns, 1, 0)
+    items = (whole - me + programs - 1) // programs
+    if IS_CUT:
+        owns = (begin < end) & ((end - 1) // num_blocks * num_blocks >= begin)
+        items += num_left(begin, end, num_blocks) + gl.where(owns, 1, 0)
+    return items
 
 
 @gluon.jit
-def share(item, num_tiles, num_blocks, whole, sharers):
+def share(item, num_tiles, num_blocks, whole, sharers, IS_CUT: gl.constexpr):
     """Tile, first and last K block of a work item of this program."""
     me, begin, end = my_share(num_tiles, num_blocks, whole, sharers)
     programs = gl.num_programs(0)
-    left = num_left(begin, end, num_blocks)
-    tile = (item - left) * programs + me
-    is_left = item < left
-    is_cut = is_left | (tile >= whole)
-    cut_tile = gl.where(is_left, begin, end - 1) // num_blocks
-    first = gl.where(is_left, begin - cut_tile * num_blocks, 0)
-    last = gl.where(is_cut, gl.minimum(num_blocks, end - cut_tile * num_blocks), num_blocks)
-    return gl.where(is_cut, whole + cut_tile, tile), first, last
+    tile, first, last = item * programs + me, 0, num_blocks
+    if IS_CUT:
+        left = num_left(begin, end, num_blocks)
+        tile = (item - left) * programs + me
+        is_left = item < left
+        is_cut = is_left | (tile >= whole)
+        cut_tile = gl.where(is_left, begin, end - 1) // num_blocks
+        first = gl.where(is_left, begin - cut_tile * num_blocks, 0)
+        last = gl.where(is_cut, gl.minimum(num_blocks, end - cut_tile * num_blocks), num_blocks)
+        tile = gl.where(is_cut, whole + cut_tile, tile)
+    return tile, first, last
 
 
 @gluon.jit

@@ -55,6 +55,7 @@ def compile_tile(mode, tile):
         "HAS_BIAS": False,
         "BULK_STORE": True,
         "EARLY_SCALE": tile.has_room_for_scales(mode),
+        "IS_CUT": tile.cut != "none",
         "PDL": True,
         "CONSUMER_REGISTERS": tile.registers,
     }
