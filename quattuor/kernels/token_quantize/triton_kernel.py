@@ -7,6 +7,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton.language.extra import libdevice
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quattuor.kernels.launch import launcher
@@ -15,6 +16,8 @@ __all__ = ["quantize_tokens", "rms_norm_quantize_tokens", "silu_mul_quantize_tok
 
 #: Elements that a program holds in registers at once; longer tokens are walked in several steps.
 MAX_BLOCK = 16384
+#: The same for gated tokens, whose exact divisions take more registers.
+MAX_GATED_BLOCK = 8192
 
 
 @triton.jit
@@ -148,11 +151,18 @@ def rms_norm_quantize_kernel(
 
 
 @triton.jit
-def gated(gate, up, column, K):
+def silu(value, EXACT: tl.constexpr):
+    """value / (1 + exp(-value)); EXACT with the exponential and the division of PyTorch's own kernel."""
+    if EXACT:
+        return tl.div_rn(value, 1.0 + libdevice.exp(-value))
+    return value / (1.0 + tl.exp(-value))
+
+
+@triton.jit
+def gated(gate, up, column, K, EXACT: tl.constexpr):
     """silu(gate) * up, both rounded to the dtype of the tokens."""
-    value = load_row(gate, column, K)
     dtype: tl.constexpr = gate.dtype.element_ty
-    activated = (value / (1.0 + tl.exp(-value))).to(dtype).to(tl.float32)
+    activated = silu(load_row(gate, column, K), EXACT).to(dtype).to(tl.float32)
     return (activated * load_row(up, column, K)).to(dtype).to(tl.float32)
 
 
@@ -168,6 +178,7 @@ def silu_mul_quantize_kernel(
     BLOCK: tl.constexpr,
     IS_WHOLE: tl.constexpr,
     OVERLAP: tl.constexpr,
+    EXACT: tl.constexpr,
 ):
     """Codes and scale of one gated token; IS_WHOLE when a block holds it, which is then read once."""
     join_chain(OVERLAP)
@@ -175,17 +186,17 @@ def silu_mul_quantize_kernel(
     gate += token * stride_gate
     up += token * stride_up
     column = tl.arange(0, BLOCK)
-    value = gated(gate, up, column, K)
+    value = gated(gate, up, column, K, EXACT)
     largest = magnitude(value)
     for start in range(BLOCK, K, BLOCK):
-        largest = tl.maximum(largest, magnitude(gated(gate, up, start + column, K)))
+        largest = tl.maximum(largest, magnitude(gated(gate, up, start + column, K, EXACT)))
     step = step_size(tl.max(largest))
     tl.store(scale + token, step)
     tl.store(codes + token * K + column, round_codes(value, step), mask=column < K)
     if not IS_WHOLE:
         for start in range(BLOCK, K, BLOCK):
             at = start + column
-            tl.store(codes + token * K + at, round_codes(gated(gate, up, at, K), step), mask=at < K)
+            tl.store(codes + token * K + at, round_codes(gated(gate, up, at, K, EXACT), step), mask=at < K)
 
 
 def outputs(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,10 +216,10 @@ def overlaps(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def launch_options(x: Tensor) -> dict[str, int | bool]:
+def launch_options(x: Tensor, max_block: int) -> dict[str, int | bool]:
     """Return the block that covers a token or the largest allowed, with warps to match, and how to start."""
     in_features, overlap = x.shape[1], overlaps(x.device)
-    block = min(MAX_BLOCK, max(128, triton.next_power_of_2(in_features)))
+    block = min(max_block, max(128, triton.next_power_of_2(in_features)))
     options: dict[str, int | bool] = {
         "BLOCK": block,
         "IS_WHOLE": in_features <= block,
@@ -228,7 +239,7 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     if num_tokens:
         x = rows_contiguous(x)
         launcher(token_quantize_kernel, (num_tokens,))(
-            x, codes, scale, in_features, x.stride(0), **launch_options(x)
+            x, codes, scale, in_features, x.stride(0), **launch_options(x, MAX_BLOCK)
         )
     return codes, scale
 
@@ -255,18 +266,27 @@ def rms_norm_quantize_tokens(
             other.stride(0),
             eps,
             HAS_RESIDUAL=residual is not None,
-            **launch_options(x),
+            **launch_options(x, MAX_BLOCK),
         )
     return codes, scale, hidden
 
 
 def silu_mul_quantize_tokens(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
-    """Return what the reference returns, up to the rounding of the exponential."""
+    """Return what the reference returns, bit for bit on a CUDA device."""
     codes, scale = outputs(gate)
     num_tokens, in_features = gate.shape
     if num_tokens:
         gate, up = rows_contiguous(gate), rows_contiguous(up)
         launcher(silu_mul_quantize_kernel, (num_tokens,))(
-            gate, up, codes, scale, in_features, gate.stride(0), up.stride(0), **launch_options(gate)
+            gate,
+            up,
+            codes,
+            scale,
+            in_features,
+            gate.stride(0),
+            up.stride(0),
+            # the interpreter knows no functions of the device
+            EXACT=isinstance(silu_mul_quantize_kernel, triton.JITFunction),
+            **launch_options(gate, MAX_GATED_BLOCK),
         )
     return codes, scale

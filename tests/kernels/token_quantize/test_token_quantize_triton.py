@@ -56,8 +56,9 @@ KERNELS = {
 @pytest.mark.parametrize(("capability", "whole"), [(80, False), (90, True)])
 def test_machine_code(name, capability, whole):
     kernel, signature = getattr(triton_kernel, name), KERNELS[name]
-    constants = {"BLOCK": 16384, "IS_WHOLE": whole, "OVERLAP": capability >= 90} | (
-        {"HAS_RESIDUAL": True} if "residual" in signature else {}
+    block = triton_kernel.MAX_GATED_BLOCK if "gate" in signature else triton_kernel.MAX_BLOCK
+    constants = {"BLOCK": block, "IS_WHOLE": whole, "OVERLAP": capability >= 90} | (
+        {"HAS_RESIDUAL": True} if "residual" in signature else {"EXACT": True} if "gate" in signature else {}
     )
     binary = compile_kernel(
         kernel,
@@ -86,6 +87,18 @@ def test_gpu_kernel_equals_the_reference(dtype, shape):
         x[4] = 2.0**-149
     for fast, exact in zip(token_quantize.token_quantize(x), reference.quantize_tokens(x), strict=True):
         assert torch.equal(fast.nan_to_num(-1.0), exact.nan_to_num(-1.0))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_every_gate_gives_the_bits_of_separate_modules(dtype):
+    gates = torch.arange(-(2**15), 2**15, device="cuda").to(torch.int16).view(dtype).view(64, 1024)
+    for up in (torch.ones_like(gates), torch.randn(64, 1024, device="cuda").to(dtype)):
+        found = token_quantize.silu_mul_quantize(gates, up)
+        expected = reference.quantize_tokens(torch.nn.functional.silu(gates) * up)
+        for fast, exact in zip(found, expected, strict=True):
+            assert torch.equal(fast.nan_to_num(-1.0), exact.nan_to_num(-1.0))
 
 
 @pytest.mark.gpu
