@@ -1,5 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operations in Triton: one program per token. Plain quantization gives the bits of the reference."""
+"""The operations in Triton: one program per token. Plain quantization gives the bits of the reference.
+
+With few tokens the program is what a product waits for, so a token is shared by all threads that a multiprocessor
+gives one program; it is read once, kept in registers in its own dtype, and divided in five multiply-adds.
+"""
 
 import functools
 
@@ -14,36 +18,59 @@ from quattuor.kernels.launch import launcher
 
 __all__ = ["quantize_tokens", "rms_norm_quantize_tokens", "silu_mul_quantize_tokens"]
 
-#: Elements that a program holds in registers at once; longer tokens are walked in several steps.
-MAX_BLOCK = 16384
-#: The same for gated tokens, whose exact divisions take more registers.
-MAX_GATED_BLOCK = 8192
+#: Elements of a token that a program keeps in registers; what lies beyond is read again.
+MAX_HELD = 28672
+#: Elements that a thread takes from each step, and threads of a program.
+VECTOR, MAX_THREADS = 2, 1024
+#: Scales from which multiply-adds divide exactly: no residual is lost below the smallest normal number.
+SAFE_STEP = tl.constexpr(2.0**-60)
 
 
 @triton.jit
-def join_chain(OVERLAP: tl.constexpr):
-    """Let the next kernel start, then wait for the data of the one before."""
-    if OVERLAP:
-        gdc_launch_dependents()
-        gdc_wait()
+def load_step(pointer, first, column, K):
+    """Part of a token in its dtype, zero beyond its end."""
+    return tl.load(pointer + first + column, mask=first + column < K, other=0.0)
 
 
 @triton.jit
-def load_row(pointer, column, K):
-    """Part of a token in float32, zero beyond its end."""
-    return tl.load(pointer + column, mask=column < K, other=0.0).to(tl.float32)
+def load_steps(pointer, column, K, STEP: tl.constexpr, STEPS: tl.constexpr):
+    """The parts of a token that stay in registers."""
+    found = ()
+    for step in tl.static_range(STEPS):
+        found += (load_step(pointer, step * STEP, column, K),)
+    return found
 
 
 @triton.jit
-def magnitude(value):
-    """Absolute values, NaN replaced by infinity so that a maximum keeps it."""
-    return tl.where(value == value, tl.abs(value), float("inf"))
+def larger(largest, value):
+    """Elementwise maximum of magnitudes; NaN stays."""
+    return tl.maximum(largest, tl.abs(value.to(tl.float32)), propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def step_size(absmax):
-    """absmax / 127, NaN when a token is not finite."""
+def step_size(largest):
+    """max / 127, NaN when a token is not finite: as integers, magnitudes keep their order below NaN."""
+    absmax = tl.max(largest.to(tl.int32, bitcast=True), axis=0).to(tl.float32, bitcast=True)
     return tl.where(absmax < float("inf"), tl.div_rn(absmax, 127.0), float("nan"))
+
+
+@triton.jit
+def divide(value, step, inverse):
+    """value / step, rounded once: two corrections by the residual, which a multiply-add leaves exact.
+
+    P. Markstein, IBM J. Res. Dev. 34 (1990): with 1 / step rounded correctly and a quotient off by less than a
+    unit in the last place, the corrected quotient is rounded correctly.
+    """
+    quotient = value * inverse
+    quotient = tl.fma(tl.fma(-quotient, step, value), inverse, quotient)
+    return tl.fma(tl.fma(-quotient, step, value), inverse, quotient)
+
+
+@triton.jit
+def round_fast(value, step, inverse):
+    """rne(value / step) of a regular token: the low byte after adding 1.5 * 2^23, which rounds halves to even."""
+    divisor = tl.zeros_like(value) + step
+    return (divide(value, divisor, inverse) + 12582912.0).to(tl.int32, bitcast=True).to(tl.int8)
 
 
 @triton.jit
@@ -52,55 +79,85 @@ def round_codes(value, step):
     is_regular = step > 0.0
     divisor = tl.zeros_like(value) + tl.where(is_regular, step, 1.0)
     ratio = tl.minimum(tl.maximum(tl.div_rn(value, divisor), -127.0), 127.0)
-    # adding and subtracting 1.5 * 2^23 rounds to the nearest integer, halves to even
     rounded = (ratio + 12582912.0) - 12582912.0
     return tl.where(is_regular, rounded, 0.0).to(tl.int8)
 
 
 @triton.jit
+def store_codes(values, step, codes, column, K, STEP: tl.constexpr, STEPS: tl.constexpr, DEVICE: tl.constexpr):
+    """Quantize the parts in registers."""
+    is_fast = step >= SAFE_STEP if DEVICE else False
+    if is_fast:
+        inverse = tl.div_rn(1.0, step)
+        for part in tl.static_range(STEPS):
+            at = part * STEP + column
+            tl.store(codes + at, round_fast(values[part].to(tl.float32), step, inverse), mask=at < K)
+    else:
+        for part in tl.static_range(STEPS):
+            at = part * STEP + column
+            tl.store(codes + at, round_codes(values[part].to(tl.float32), step), mask=at < K)
+
+
+@triton.jit
 def token_quantize_kernel(
-    x, codes, scale, K, stride_x, BLOCK: tl.constexpr, IS_WHOLE: tl.constexpr, OVERLAP: tl.constexpr
+    x,
+    codes,
+    scale,
+    K,
+    stride_x,
+    STEP: tl.constexpr,
+    STEPS: tl.constexpr,
+    IS_WHOLE: tl.constexpr,
+    OVERLAP: tl.constexpr,
+    DEVICE: tl.constexpr,
 ):
-    """Codes and scale of one token; IS_WHOLE when a block holds it, which is then read once."""
-    join_chain(OVERLAP)
+    """Codes and scale of one token; IS_WHOLE when STEPS parts of STEP elements hold it, which are read once."""
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     x += token * stride_x
-    column = tl.arange(0, BLOCK)
-    value = load_row(x, column, K)
-    largest = magnitude(value)
-    for start in range(BLOCK, K, BLOCK):
-        largest = tl.maximum(largest, magnitude(load_row(x, start + column, K)))
-    step = step_size(tl.max(largest))
-    tl.store(scale + token, step)
-    tl.store(codes + token * K + column, round_codes(value, step), mask=column < K)
+    codes += token * K
+    column = tl.arange(0, STEP)
+    values = load_steps(x, column, K, STEP, STEPS)
+    largest = tl.zeros((STEP,), dtype=tl.float32)
+    for part in tl.static_range(STEPS):
+        largest = larger(largest, values[part])
     if not IS_WHOLE:
-        for start in range(BLOCK, K, BLOCK):
-            at = start + column
-            tl.store(codes + token * K + at, round_codes(load_row(x, at, K), step), mask=at < K)
+        for first in range(STEPS * STEP, K, STEP):
+            largest = larger(largest, load_step(x, first, column, K))
+    step = step_size(largest)
+    tl.store(scale + token, step)
+    store_codes(values, step, codes, column, K, STEP, STEPS, DEVICE)
+    if not IS_WHOLE:
+        for first in range(STEPS * STEP, K, STEP):
+            value = load_step(x, first, column, K).to(tl.float32)
+            tl.store(codes + first + column, round_codes(value, step), mask=first + column < K)
 
 
 @triton.jit
-def scaled(value, weight, column, inverse, K, dtype: tl.constexpr):
-    """value * inverse * weight, in this order, each product rounded to the dtype of the tokens."""
-    normalized = (value * inverse).to(dtype).to(tl.float32)
-    return (normalized * load_row(weight, column, K)).to(dtype).to(tl.float32)
+def scaled(value, gain, inverse, dtype: tl.constexpr):
+    """value * inverse * gain, in this order, each product rounded to the dtype of the tokens."""
+    normalized = (value.to(tl.float32) * inverse).to(dtype).to(tl.float32)
+    return (normalized * gain.to(tl.float32)).to(dtype)
 
 
 @triton.jit
-def normalized(hidden, weight, column, inverse, K):
-    """Part of a normalized token, read back."""
-    return scaled(load_row(hidden, column, K), weight, column, inverse, K, hidden.dtype.element_ty)
-
-
-@triton.jit
-def add_residual(x, residual, hidden, column, K, HAS_RESIDUAL: tl.constexpr):
-    """Part of x + residual, rounded to the dtype of `hidden` and stored there; returned in float32."""
-    value = load_row(x, column, K)
+def add_residual(x, residual, hidden, first, column, K, HAS_RESIDUAL: tl.constexpr):
+    """Part of x + residual, rounded to the dtype of `hidden` and stored there."""
+    value = load_step(x, first, column, K).to(tl.float32)
     if HAS_RESIDUAL:
-        value += load_row(residual, column, K)
+        value += load_step(residual, first, column, K).to(tl.float32)
     rounded = value.to(hidden.dtype.element_ty)
-    tl.store(hidden + column, rounded, mask=column < K)
-    return rounded.to(tl.float32)
+    tl.store(hidden + first + column, rounded, mask=first + column < K)
+    return rounded
+
+
+@triton.jit
+def add_square(squares, value):
+    """squares + value^2."""
+    wide = value.to(tl.float32)
+    return squares + wide * wide
 
 
 @triton.jit
@@ -116,54 +173,65 @@ def rms_norm_quantize_kernel(
     stride_residual,
     eps,
     HAS_RESIDUAL: tl.constexpr,
-    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+    STEPS: tl.constexpr,
     IS_WHOLE: tl.constexpr,
     OVERLAP: tl.constexpr,
+    DEVICE: tl.constexpr,
 ):
     """Residual sum, codes and scale of one normalized token; each thread re-reads only what it wrote.
 
-    IS_WHOLE when a block holds the token, which then stays in registers.
+    IS_WHOLE when STEPS parts of STEP elements hold the token, which then stays in registers.
     """
-    join_chain(OVERLAP)
     token = tl.program_id(0).to(tl.int64)
     x += token * stride_x
     residual += token * stride_residual
     hidden += token * K
-    column = tl.arange(0, BLOCK)
-    first = add_residual(x, residual, hidden, column, K, HAS_RESIDUAL)
-    squares = first * first
-    for start in range(BLOCK, K, BLOCK):
-        value = add_residual(x, residual, hidden, start + column, K, HAS_RESIDUAL)
-        squares += value * value
-    inverse = tl.rsqrt(tl.sum(squares) / K + eps)
-    first = scaled(first, weight, column, inverse, K, hidden.dtype.element_ty)
-    largest = magnitude(first)
-    for start in range(BLOCK, K, BLOCK):
-        largest = tl.maximum(largest, magnitude(normalized(hidden, weight, start + column, inverse, K)))
-    step = step_size(tl.max(largest))
-    tl.store(scale + token, step)
-    tl.store(codes + token * K + column, round_codes(first, step), mask=column < K)
+    codes += token * K
+    column = tl.arange(0, STEP)
+    dtype: tl.constexpr = hidden.dtype.element_ty
+    if OVERLAP:
+        gdc_launch_dependents()
+    # the gain does not depend on the kernel before this one
+    gains = load_steps(weight, column, K, STEP, STEPS)
+    if OVERLAP:
+        gdc_wait()
+    values = ()
+    squares = tl.zeros((STEP,), dtype=tl.float32)
+    for part in tl.static_range(STEPS):
+        values += (add_residual(x, residual, hidden, part * STEP, column, K, HAS_RESIDUAL),)
+    for part in tl.static_range(STEPS):
+        squares = add_square(squares, values[part])
     if not IS_WHOLE:
-        for start in range(BLOCK, K, BLOCK):
-            at = start + column
-            value = round_codes(normalized(hidden, weight, at, inverse, K), step)
-            tl.store(codes + token * K + at, value, mask=at < K)
+        for first in range(STEPS * STEP, K, STEP):
+            squares = add_square(squares, add_residual(x, residual, hidden, first, column, K, HAS_RESIDUAL))
+    inverse = tl.rsqrt(tl.sum(squares, axis=0) / K + eps)
+    normalized = ()
+    largest = tl.zeros((STEP,), dtype=tl.float32)
+    for part in tl.static_range(STEPS):
+        normalized += (scaled(values[part], gains[part], inverse, dtype),)
+        largest = larger(largest, normalized[part])
+    if not IS_WHOLE:
+        for first in range(STEPS * STEP, K, STEP):
+            gain = load_step(weight, first, column, K)
+            largest = larger(largest, scaled(load_step(hidden, first, column, K), gain, inverse, dtype))
+    step = step_size(largest)
+    tl.store(scale + token, step)
+    store_codes(normalized, step, codes, column, K, STEP, STEPS, DEVICE)
+    if not IS_WHOLE:
+        for first in range(STEPS * STEP, K, STEP):
+            gain = load_step(weight, first, column, K)
+            value = scaled(load_step(hidden, first, column, K), gain, inverse, dtype).to(tl.float32)
+            tl.store(codes + first + column, round_codes(value, step), mask=first + column < K)
 
 
 @triton.jit
-def silu(value, EXACT: tl.constexpr):
-    """value / (1 + exp(-value)); EXACT with the exponential and the division of PyTorch's own kernel."""
-    if EXACT:
-        return tl.div_rn(value, 1.0 + libdevice.exp(-value))
-    return value / (1.0 + tl.exp(-value))
-
-
-@triton.jit
-def gated(gate, up, column, K, EXACT: tl.constexpr):
-    """silu(gate) * up, both rounded to the dtype of the tokens."""
-    dtype: tl.constexpr = gate.dtype.element_ty
-    activated = silu(load_row(gate, column, K), EXACT).to(dtype).to(tl.float32)
-    return (activated * load_row(up, column, K)).to(dtype).to(tl.float32)
+def gated(gate, up, DEVICE: tl.constexpr):
+    """silu(gate) * up, both rounded to their dtype; on a device by the exponential and division of PyTorch."""
+    dtype: tl.constexpr = gate.dtype
+    value = gate.to(tl.float32)
+    activated = tl.div_rn(value, 1.0 + libdevice.exp(-value)) if DEVICE else value / (1.0 + tl.exp(-value))
+    return (activated.to(dtype).to(tl.float32) * up.to(tl.float32)).to(dtype)
 
 
 @triton.jit
@@ -175,28 +243,39 @@ def silu_mul_quantize_kernel(
     K,
     stride_gate,
     stride_up,
-    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+    STEPS: tl.constexpr,
     IS_WHOLE: tl.constexpr,
     OVERLAP: tl.constexpr,
-    EXACT: tl.constexpr,
+    DEVICE: tl.constexpr,
 ):
-    """Codes and scale of one gated token; IS_WHOLE when a block holds it, which is then read once."""
-    join_chain(OVERLAP)
+    """Codes and scale of one gated token; IS_WHOLE when STEPS parts of STEP elements hold it, read once."""
+    if OVERLAP:
+        gdc_launch_dependents()
+        gdc_wait()
     token = tl.program_id(0).to(tl.int64)
     gate += token * stride_gate
     up += token * stride_up
-    column = tl.arange(0, BLOCK)
-    value = gated(gate, up, column, K, EXACT)
-    largest = magnitude(value)
-    for start in range(BLOCK, K, BLOCK):
-        largest = tl.maximum(largest, magnitude(gated(gate, up, start + column, K, EXACT)))
-    step = step_size(tl.max(largest))
-    tl.store(scale + token, step)
-    tl.store(codes + token * K + column, round_codes(value, step), mask=column < K)
+    codes += token * K
+    column = tl.arange(0, STEP)
+    values = ()
+    largest = tl.zeros((STEP,), dtype=tl.float32)
+    gates = load_steps(gate, column, K, STEP, STEPS)
+    ups = load_steps(up, column, K, STEP, STEPS)
+    for part in tl.static_range(STEPS):
+        values += (gated(gates[part], ups[part], DEVICE),)
+        largest = larger(largest, values[part])
     if not IS_WHOLE:
-        for start in range(BLOCK, K, BLOCK):
-            at = start + column
-            tl.store(codes + token * K + at, round_codes(gated(gate, up, at, K, EXACT), step), mask=at < K)
+        for first in range(STEPS * STEP, K, STEP):
+            value = gated(load_step(gate, first, column, K), load_step(up, first, column, K), DEVICE)
+            largest = larger(largest, value)
+    step = step_size(largest)
+    tl.store(scale + token, step)
+    store_codes(values, step, codes, column, K, STEP, STEPS, DEVICE)
+    if not IS_WHOLE:
+        for first in range(STEPS * STEP, K, STEP):
+            value = gated(load_step(gate, first, column, K), load_step(up, first, column, K), DEVICE)
+            tl.store(codes + first + column, round_codes(value.to(tl.float32), step), mask=first + column < K)
 
 
 def outputs(x: Tensor) -> tuple[Tensor, Tensor]:
@@ -216,15 +295,28 @@ def overlaps(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def launch_options(x: Tensor, max_block: int) -> dict[str, int | bool]:
-    """Return the block that covers a token or the largest allowed, with warps to match, and how to start."""
-    in_features, overlap = x.shape[1], overlaps(x.device)
-    block = min(max_block, max(128, triton.next_power_of_2(in_features)))
+def steps_of(in_features: int) -> tuple[int, int, int]:
+    """Return threads of a program, elements of a step, and steps that stay in registers.
+
+    They depend on the length of a token only, so that a token has the same sum of squares in every batch.
+    """
+    threads = min(MAX_THREADS, max(32, triton.next_power_of_2(triton.cdiv(in_features, 2 * VECTOR))))
+    step = threads * VECTOR
+    return threads, step, triton.cdiv(min(in_features, MAX_HELD), step)
+
+
+def launch_options(x: Tensor) -> dict[str, int | bool]:
+    """Return how a program walks a token, and how it starts."""
+    threads, step, steps = steps_of(x.shape[1])
+    overlap = overlaps(x.device)
     options: dict[str, int | bool] = {
-        "BLOCK": block,
-        "IS_WHOLE": in_features <= block,
+        "STEP": step,
+        "STEPS": steps,
+        "IS_WHOLE": x.shape[1] <= step * steps,
         "OVERLAP": overlap,
-        "num_warps": max(1, min(16, block // 512)),
+        # the interpreter knows neither functions of the device nor multiply-adds that round once
+        "DEVICE": isinstance(token_quantize_kernel, triton.JITFunction),
+        "num_warps": threads // 32,
         "launch_pdl": overlap,
     }
     return options
@@ -239,7 +331,7 @@ def quantize_tokens(x: Tensor) -> tuple[Tensor, Tensor]:
     if num_tokens:
         x = rows_contiguous(x)
         launcher(token_quantize_kernel, (num_tokens,))(
-            x, codes, scale, in_features, x.stride(0), **launch_options(x, MAX_BLOCK)
+            x, codes, scale, in_features, x.stride(0), **launch_options(x)
         )
     return codes, scale
 
@@ -266,7 +358,7 @@ def rms_norm_quantize_tokens(
             other.stride(0),
             eps,
             HAS_RESIDUAL=residual is not None,
-            **launch_options(x, MAX_BLOCK),
+            **launch_options(x),
         )
     return codes, scale, hidden
 
@@ -278,15 +370,6 @@ def silu_mul_quantize_tokens(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     if num_tokens:
         gate, up = rows_contiguous(gate), rows_contiguous(up)
         launcher(silu_mul_quantize_kernel, (num_tokens,))(
-            gate,
-            up,
-            codes,
-            scale,
-            in_features,
-            gate.stride(0),
-            up.stride(0),
-            # the interpreter knows no functions of the device
-            EXACT=isinstance(silu_mul_quantize_kernel, triton.JITFunction),
-            **launch_options(gate, MAX_GATED_BLOCK),
+            gate, up, codes, scale, in_features, gate.stride(0), up.stride(0), **launch_options(gate)
         )
     return codes, scale

@@ -53,31 +53,43 @@ KERNELS = {
 
 
 @pytest.mark.parametrize("name", list(KERNELS))
-@pytest.mark.parametrize(("capability", "whole"), [(80, False), (90, True)])
-def test_machine_code(name, capability, whole):
+@pytest.mark.parametrize(("capability", "in_features"), [(80, 4096), (90, 8192), (90, 28672)])
+def test_machine_code(name, capability, in_features):
     kernel, signature = getattr(triton_kernel, name), KERNELS[name]
-    block = triton_kernel.MAX_GATED_BLOCK if "gate" in signature else triton_kernel.MAX_BLOCK
-    constants = {"BLOCK": block, "IS_WHOLE": whole, "OVERLAP": capability >= 90} | (
-        {"HAS_RESIDUAL": True} if "residual" in signature else {"EXACT": True} if "gate" in signature else {}
-    )
+    threads, step, steps = triton_kernel.steps_of(in_features)
+    constants = {
+        "STEP": step,
+        "STEPS": steps,
+        "IS_WHOLE": in_features <= triton_kernel.MAX_HELD,
+        "OVERLAP": capability >= 90,
+        "DEVICE": True,
+    } | ({"HAS_RESIDUAL": True} if "residual" in signature else {})
     binary = compile_kernel(
         kernel,
         signature,
         constants,
         capability=capability,
         divisible=[argument for argument in signature if argument != "eps"],
-        num_warps=16,
+        num_warps=threads // 32,
     )
-    assert binary.stack_bytes == 0
     assert binary.count("STL") == binary.count("LDL") == 0
-    assert binary.count(r"LDG\.E\.128") > 0  # 16 bytes per thread
+    assert binary.count(r"LDG\.E\b") > 0  # two elements of 16 bits at a time
     assert (binary.count("ACQBULK") > 0) is (capability >= 90)  # waits for the kernel before it
+
+
+@pytest.mark.parametrize("in_features", [1, 100, 576, 2048, 4096, 13824, 28672, 32768, 40000])
+def test_a_token_is_covered_once(in_features):
+    threads, step, steps = triton_kernel.steps_of(in_features)
+    held = min(in_features, triton_kernel.MAX_HELD)
+    assert step * (steps - 1) < held <= step * steps
+    assert threads in (32, 64, 128, 256, 512, 1024)
+    assert step * steps <= triton_kernel.MAX_HELD
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (3, 127), (17, 4096), (5, 28672), (300, 11008)])
+@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (3, 127), (17, 4096), (5, 28672), (5, 40000), (300, 11008)])
 def test_gpu_kernel_equals_the_reference(dtype, shape):
     x = torch.randn(shape, device="cuda").to(dtype)
     if shape[0] > 4:
@@ -87,6 +99,22 @@ def test_gpu_kernel_equals_the_reference(dtype, shape):
         x[4] = 2.0**-149
     for fast, exact in zip(token_quantize.token_quantize(x), reference.quantize_tokens(x), strict=True):
         assert torch.equal(fast.nan_to_num(-1.0), exact.nan_to_num(-1.0))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("exponent", [-140, -70, -58, -14, 0, 15, 60, 120])
+def test_multiply_adds_divide_as_a_division_does(exponent):
+    generator = torch.Generator("cuda").manual_seed(exponent + 200)
+    absmax = torch.rand(200, 1, device="cuda", generator=generator) + 1
+    step = absmax / torch.full_like(absmax, 127.0)
+    halves = (torch.arange(8190, device="cuda") % 254 - 127 + 0.5) * step
+    x = torch.cat(
+        [absmax, halves, torch.nextafter(halves, 2 * halves), torch.nextafter(halves, 0 * halves)], dim=1
+    )
+    x = x.double().ldexp(torch.tensor(exponent)).float()
+    for fast, exact in zip(token_quantize.token_quantize(x), reference.quantize_tokens(x), strict=True):
+        assert torch.equal(fast, exact)
 
 
 @pytest.mark.gpu
@@ -104,7 +132,7 @@ def test_every_gate_gives_the_bits_of_separate_modules(dtype):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (3, 127), (17, 4096), (5, 28672)])
+@pytest.mark.parametrize("shape", [(0, 8), (1, 1), (3, 127), (17, 4096), (5, 28672), (5, 40000)])
 def test_fused_gpu_kernels_are_close_to_the_reference(dtype, shape):
     x, other = (torch.randn(shape, device="cuda").to(dtype) for _ in range(2))
     weight = torch.randn(shape[1], device="cuda")
