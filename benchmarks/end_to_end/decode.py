@@ -33,6 +33,7 @@ from quattuor.activations import DynamicQuantizer
 from quattuor.formats import Integer, TwoLevelInteger
 from quattuor.granularity import PerChannel, PerGroup
 from quattuor.nn import LinearLayout, ParameterLayout, QuantizedLinear
+from quattuor.nn.gated_mlp import join_gates
 from quattuor.nn.sharing import share_inputs
 
 __all__ = ["EXECUTIONS", "FORMATS", "MODELS", "RECORD", "Decoder", "main", "measure", "random_model"]
@@ -110,7 +111,8 @@ def random_model(name: str, layout: LinearLayout | None, device: str, dtype: tor
         for path, module in list(model.model.layers.named_modules()):
             if isinstance(module, nn.Linear):
                 model.model.layers.set_submodule(path, _random_linear(module, layout, path))
-        share_inputs(model)  # as when a checkpoint is loaded
+        share_inputs(model)  # both as when a checkpoint is loaded
+        join_gates(model)
     return model
 
 

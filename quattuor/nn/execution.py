@@ -22,7 +22,7 @@ from quattuor.kernels import lut_linear, w4a8_linear, w4a16_linear
 from quattuor.kernels.dispatch import LinearProblem, Operand, Row, describe_device
 from quattuor.quantized_tensor import QuantizedTensor
 
-__all__ = ["Execution", "make_execution", "reason_against_execution"]
+__all__ = ["Execution", "IntegerExecution", "make_execution", "reason_against_execution"]
 
 
 def reason_against_execution(

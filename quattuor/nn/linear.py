@@ -151,6 +151,14 @@ class QuantizedLinear(nn.Module):
         self.shared = product
         self._forget()
 
+    def ready(self, device: torch.device, dtype: torch.dtype) -> tuple[Prepared, Tensor | None] | None:
+        """Return the weight, laid out, and bias, or None when a delta or a map is beside it."""
+        if self.layout.extras:
+            return None
+        self._prepare(device, dtype)
+        assert self._prepared is not None, "prepared above"
+        return self._prepared, self._buffers["bias"]
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
         """Move and cast like any module, but never cast the packed weight: a rounded scale is another weight."""
         stored = {key: self.get_buffer(key) for key in self.layout.tensor_names}

@@ -137,12 +137,17 @@ class SharedProduct(OutputSource):
 
     def _compute(self, x: Tensor) -> Tensor | None:
         """Return the outputs of all members side by side."""
-        key = (x.device, x.dtype, *[member.stamp() for member in self.members])
-        if key != self._prepared_for:
-            self._prepared = self._prepare(x.device, x.dtype)
-            self._prepared_for = key
-        ready = self._prepared  # another thread may prepare anew
+        ready = self.ready(x.device, x.dtype)
         return None if ready is None else ready[0](x, ready[1])
+
+    def ready(self, device: torch.device, dtype: torch.dtype) -> tuple[Prepared, Tensor | None] | None:
+        """Return the joined weight, laid out, and bias, or None where the members must compute for themselves."""
+        key = (device, dtype, *[member.stamp() for member in self.members])
+        ready = self._prepared  # another thread may prepare anew
+        if key != self._prepared_for:
+            self._prepared = ready = self._prepare(device, dtype)
+            self._prepared_for = key
+        return ready
 
     def _prepare(self, device: torch.device, dtype: torch.dtype) -> tuple[Prepared, Tensor | None] | None:
         """Return the joined weight, laid out, and bias; None where members are forced or elsewhere."""

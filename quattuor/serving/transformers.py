@@ -26,6 +26,7 @@ from quattuor.checkpoints.layouts import FORMAT_VERSION, QUANT_METHOD, check_ver
 from quattuor.checkpoints.skeleton import install_layouts, quantized_linears
 from quattuor.checkpoints.tensors import SafetensorsStore
 from quattuor.errors import CheckpointError, UnsupportedError, compose
+from quattuor.nn.gated_mlp import join_gates
 from quattuor.nn.layout import LinearLayout
 from quattuor.nn.sharing import share_inputs
 from quattuor.recipe import Recipe
@@ -135,6 +136,7 @@ class QuattuorQuantizer(HfQuantizer):
                     )
                 )
         share_inputs(model)
+        join_gates(model)
         return model
 
     def is_serializable(self, safe_serialization: bool | None = None) -> bool:

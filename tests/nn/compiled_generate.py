@@ -24,6 +24,8 @@ from quattuor.activations import DynamicQuantizer
 from quattuor.formats import BinaryCoding, Codebook
 from quattuor.granularity import PerChannel, PerGroup
 from quattuor.nn import QuantizedLinear
+from quattuor.nn.gated_mlp import join_gates
+from quattuor.nn.sharing import share_inputs
 from quattuor.quantized_tensor import QuantizedTensor
 from quattuor.scales import Alternating, WeightedKMeans
 from quattuor.solvers import WeightQuantizer
@@ -36,6 +38,7 @@ PLANES = WeightQuantizer(number_format=BinaryCoding(2), granularity=PerGroup(16)
 CASES: dict[str, Callable[[], PreTrainedModel]] = {
     "w4a8 group": lambda: pack_(_llama(), "int4 group 32 two levels, int8 tokens"),
     "w4a8 channel, biases": lambda: pack_(tiny_model("opt", num_hidden_layers=1), "int4 channel, int8 tokens"),
+    "w4a8 channel, joined": lambda: joined(pack_(_llama(), "int4 channel, int8 tokens")),
     "w3a16 group": lambda: pack_(_llama(), "uint3 group 32"),
 }
 LINEARS: dict[str, Callable[[torch.Generator], QuantizedTensor]] = {
@@ -53,6 +56,13 @@ LINEARS: dict[str, Callable[[torch.Generator], QuantizedTensor]] = {
 
 def _llama(seed: int = 0) -> PreTrainedModel:
     return tiny_model("llama", num_hidden_layers=1, seed=seed)
+
+
+def joined(model: PreTrainedModel) -> PreTrainedModel:
+    """Join the products of a model, as when a checkpoint is loaded."""
+    share_inputs(model)
+    assert set(join_gates(model).values()) == {None}
+    return model
 
 
 def generate(model: PreTrainedModel, backend: Any = None) -> Tensor:
@@ -140,7 +150,7 @@ def changes() -> dict[str, list[float | int]]:
 
 def on_gpu() -> dict[str, bool | int]:
     """Let transformers compile and record the step as it does by default on a GPU."""
-    model = pack_(_llama(), "int4 channel, int8 tokens").to("cuda")
+    model = joined(pack_(_llama(), "int4 channel, int8 tokens")).to("cuda")
     tokens = TOKENS.to("cuda")
     mask = torch.ones_like(tokens)
     expected = model.generate(tokens, GenerationConfig(**GREEDY), attention_mask=mask)

@@ -15,6 +15,7 @@ HERE = Path(__file__).parent
 CASES = {
     "w4a8 group": ["quattuor.packed_w4a8"],
     "w4a8 channel, biases": ["quattuor.packed_w4a8"],
+    "w4a8 channel, joined": ["quattuor.packed_w4a8"],
     "w3a16 group": ["quattuor.packed_w4a16"],
 }
 """Models of compiled_generate.py, and our operators in their graphs."""

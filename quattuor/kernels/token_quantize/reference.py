@@ -43,5 +43,4 @@ def rms_norm_quantize_tokens(
 
 def silu_mul_quantize_tokens(gate: Tensor, up: Tensor) -> tuple[Tensor, Tensor]:
     """Return codes and scales of silu(gate) * up, each computed in float32 and rounded to the dtype of `gate`."""
-    gated = torch.nn.functional.silu(gate.float()).to(gate.dtype)
-    return quantize_tokens((gated.float() * up.float()).to(gate.dtype))
+    return quantize_tokens(torch.nn.functional.silu(gate) * up)  # PyTorch computes both as the docstring says
