@@ -40,7 +40,9 @@ OTHER = "the rest"
 LABELS = {
     "quattuor_w4a8": "Quattuor W4A8",
     "quattuor_w4a8_unfused": "Quattuor W4A8, not fused",
-    "quattuor_w4a8_operators": "Quattuor W4A8, fused operators",
+    "quattuor_w4a8_compiler": "Quattuor W4A8, fused by the compiler",
+    "quattuor_w4a8_kv8": "Quattuor W4A8, fp8 KV cache",
+    "fp8_kv8": "fp8, fp8 KV cache",
     "fp16": "fp16",
     "w4a16": "W4A16 (Machete)",
     "w8a8": "W8A8 int8",

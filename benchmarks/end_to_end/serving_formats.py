@@ -154,10 +154,11 @@ FORMATS: dict[str, Format] = {
     "quattuor_w4a8_g128": Format(quantization=lambda blocks: _ours(blocks, 128)),
     "quattuor_w4a8_kv8": Format(quantization=_ours, kv_cache_dtype="fp8"),
     "quattuor_w4a8_unfused": Format(quantization=_ours, environment={FUSE_VARIABLE: "0"}),
-    "quattuor_w4a8_operators": Format(quantization=_ours, environment={FUSE_VARIABLE: "operators"}),
+    "quattuor_w4a8_compiler": Format(quantization=_ours, environment={FUSE_VARIABLE: "compiler"}),
     "fp16": Format(),
     "w8a8": Format(quantization=_eight_bits("int", "int-quantized")),
     "fp8": Format(quantization=_eight_bits("float", "float-quantized")),
+    "fp8_kv8": Format(quantization=_eight_bits("float", "float-quantized"), kv_cache_dtype="fp8"),
     "w4a16": Format(quantization=_gptq),
     "w4a8_marlin": Format(
         quantization=_gptq,

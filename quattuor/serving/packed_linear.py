@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A packed linear as a serving engine holds it: an operand in a list, and a call that compiles.
 
-Inside a compiled graph the inputs are quantized by plain PyTorch, which the compiler fuses into whatever produced
-them: norm and residual, or the gated activation. Elsewhere, and where `fusion` is asked for, it is one operator.
+The inputs are quantized by one operator, which `fusion` joins to norm and residual, or to the gated activation.
+Where an engine has no hook for that, a compiled graph gets plain PyTorch instead, for its compiler to fuse.
 """
 
 from collections.abc import Sequence
@@ -21,7 +21,7 @@ from quattuor.quantized_tensor import QuantizedTensor
 
 __all__ = ["FUSE_VARIABLE", "PackedLinear", "linear", "prepare", "quantize_rows"]
 
-#: Who joins quantization to what precedes it: "compiler" (PyTorch's, the default), "operators" (`fusion`), or 0.
+#: Who joins quantization to what precedes it: "operators" (`fusion`, the default), "compiler" (PyTorch's), or 0.
 FUSE_VARIABLE = "QUATTUOR_FUSE"
 
 

@@ -98,7 +98,7 @@ def test_qqq(layout: str, tmp_path: Path) -> None:
     check_block(load(tmp_path / "out"), model)
 
 
-def test_the_compiler_gets_the_fusions_where_they_are_asked_for(
+def test_the_engine_gets_the_fusions_unless_asked_otherwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from vllm.config import VllmConfig
@@ -112,7 +112,7 @@ def test_the_compiler_gets_the_fusions_where_they_are_asked_for(
         served = load(tmp_path / "out")
         assert current_platform.pass_key not in served.compile_options
         assert served.model.layers[0].mlp.down_proj.quant_method.facts.is_traced is (value != "0")
-    monkeypatch.setenv("QUATTUOR_FUSE", "operators")
+    monkeypatch.delenv("QUATTUOR_FUSE")
     served = load(tmp_path / "out")
     assert served.compile_options[current_platform.pass_key].uuid()  # compiled graphs are cached under it
     assert served.model.layers[0].mlp.down_proj.quant_method.facts.is_traced is False

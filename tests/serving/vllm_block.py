@@ -9,7 +9,7 @@ import os
 import sys
 from typing import Any
 
-os.environ["QUATTUOR_FUSE"] = "operators"
+os.environ.pop("QUATTUOR_FUSE", None)
 
 import torch
 import torch._inductor.config

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operations in Triton: one program per token. Plain quantization gives the bits of the reference.
 
-With few tokens the program is what a product waits for, so a token is shared by all threads that a multiprocessor
-gives one program; it is read once, kept in registers in its own dtype, and divided in five multiply-adds.
+With few tokens the program is what a product waits for, so many threads share a token; it is read once, kept in
+registers in its own dtype, and divided in five multiply-adds.
 """
 
 import functools
@@ -20,8 +20,10 @@ __all__ = ["quantize_tokens", "rms_norm_quantize_tokens", "silu_mul_quantize_tok
 
 #: Elements of a token that a program keeps in registers; what lies beyond is read again.
 MAX_HELD = 28672
-#: Elements that a thread takes from each step, and threads of a program.
-VECTOR, MAX_THREADS = 2, 1024
+#: Threads of a program, and elements that each takes from a step.
+MAX_THREADS, VECTOR = 512, 4
+#: Long tokens have more threads while programs are few: no more tokens than this, and no fewer elements.
+FEW_TOKENS, LONG_TOKEN = 256, 8192
 #: Scales from which multiply-adds divide exactly: no residual is lost below the smallest normal number.
 SAFE_STEP = tl.constexpr(2.0**-60)
 
@@ -295,24 +297,28 @@ def overlaps(device: torch.device) -> bool:
     return device.type == "cuda" and torch.cuda.get_device_capability(device) >= (9, 0)
 
 
-def steps_of(in_features: int) -> tuple[int, int, int]:
-    """Return threads of a program, elements of a step, and steps that stay in registers.
+def steps_of(in_features: int, is_latency_bound: bool = False) -> tuple[int, int, int]:
+    """Return threads of a program, elements of a step, and steps that stay in registers."""
+    most = MAX_THREADS * 2 if is_latency_bound else MAX_THREADS
+    vector = MAX_THREADS * VECTOR // most
+    threads = min(most, max(32, triton.next_power_of_2(triton.cdiv(in_features, 2 * vector))))
+    return threads, threads * vector, triton.cdiv(min(in_features, MAX_HELD), threads * vector)
 
-    They depend on the length of a token only, so that a token has the same sum of squares in every batch.
+
+def launch_options(x: Tensor, is_sum_ordered: bool = False) -> dict[str, int | bool]:
+    """Return how a program walks a token, and how it starts.
+
+    Where the order of a sum shows in the result, it depends on the length of the token only: a token is worth the
+    same in every batch.
     """
-    threads = min(MAX_THREADS, max(32, triton.next_power_of_2(triton.cdiv(in_features, 2 * VECTOR))))
-    step = threads * VECTOR
-    return threads, step, triton.cdiv(min(in_features, MAX_HELD), step)
-
-
-def launch_options(x: Tensor) -> dict[str, int | bool]:
-    """Return how a program walks a token, and how it starts."""
-    threads, step, steps = steps_of(x.shape[1])
+    num_tokens, in_features = x.shape
+    is_few = num_tokens <= FEW_TOKENS and in_features >= LONG_TOKEN
+    threads, step, steps = steps_of(in_features, is_few and not is_sum_ordered)
     overlap = overlaps(x.device)
     options: dict[str, int | bool] = {
         "STEP": step,
         "STEPS": steps,
-        "IS_WHOLE": x.shape[1] <= step * steps,
+        "IS_WHOLE": in_features <= step * steps,
         "OVERLAP": overlap,
         # the interpreter knows neither functions of the device nor multiply-adds that round once
         "DEVICE": isinstance(token_quantize_kernel, triton.JITFunction),
@@ -358,7 +364,7 @@ def rms_norm_quantize_tokens(
             other.stride(0),
             eps,
             HAS_RESIDUAL=residual is not None,
-            **launch_options(x),
+            **launch_options(x, is_sum_ordered=True),
         )
     return codes, scale, hidden
 

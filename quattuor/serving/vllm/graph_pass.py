@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hooks the fusions into the compiler of an engine that serves packed linears, where they are asked for.
+"""Hooks the fusions into the compiler of an engine that serves packed linears.
 
 Releases of vLLM without norms as operators of their own, or without the hook, are left alone: there the inputs are
 quantized by plain PyTorch, and the compiler fuses what it can.
@@ -30,9 +30,9 @@ def install(config: Any) -> bool:
         config: The engine's configuration, before its model is compiled.
 
     Returns:
-        Whether they do: false unless `FUSE_VARIABLE` asks for it, and the release has the hook and it is free.
+        Whether they do: false where `FUSE_VARIABLE` says otherwise, the release has no hook, or it is taken.
     """
-    if os.environ.get(FUSE_VARIABLE) != "operators":
+    if os.environ.get(FUSE_VARIABLE, "operators") != "operators":
         return False
     module = _pass_module()
     if module is None or not _has_norms():

@@ -53,10 +53,12 @@ KERNELS = {
 
 
 @pytest.mark.parametrize("name", list(KERNELS))
-@pytest.mark.parametrize(("capability", "in_features"), [(80, 4096), (90, 8192), (90, 28672)])
-def test_machine_code(name, capability, in_features):
+@pytest.mark.parametrize(
+    ("capability", "in_features", "is_few"), [(80, 4096, False), (90, 8192, False), (90, 28672, True)]
+)
+def test_machine_code(name, capability, in_features, is_few):
     kernel, signature = getattr(triton_kernel, name), KERNELS[name]
-    threads, step, steps = triton_kernel.steps_of(in_features)
+    threads, step, steps = triton_kernel.steps_of(in_features, is_few)
     constants = {
         "STEP": step,
         "STEPS": steps,
@@ -73,13 +75,14 @@ def test_machine_code(name, capability, in_features):
         num_warps=threads // 32,
     )
     assert binary.count("STL") == binary.count("LDL") == 0
-    assert binary.count(r"LDG\.E\b") > 0  # two elements of 16 bits at a time
+    assert binary.count(r"LDG\.E" if is_few else r"LDG\.E\.64") > 0  # two or four elements of 16 bits at a time
     assert (binary.count("ACQBULK") > 0) is (capability >= 90)  # waits for the kernel before it
 
 
+@pytest.mark.parametrize("is_few", [False, True])
 @pytest.mark.parametrize("in_features", [1, 100, 576, 2048, 4096, 13824, 28672, 32768, 40000])
-def test_a_token_is_covered_once(in_features):
-    threads, step, steps = triton_kernel.steps_of(in_features)
+def test_a_token_is_covered_once(in_features, is_few):
+    threads, step, steps = triton_kernel.steps_of(in_features, is_few)
     held = min(in_features, triton_kernel.MAX_HELD)
     assert step * (steps - 1) < held <= step * steps
     assert threads in (32, 64, 128, 256, 512, 1024)
@@ -101,6 +104,13 @@ def test_gpu_kernel_equals_the_reference(dtype, shape):
         assert torch.equal(fast.nan_to_num(-1.0), exact.nan_to_num(-1.0))
 
 
+def test_a_norm_adds_in_the_same_order_in_every_batch():
+    few, many = (torch.zeros(num_tokens, 16384) for num_tokens in (1, triton_kernel.FEW_TOKENS + 1))
+    ordered = [triton_kernel.launch_options(x, is_sum_ordered=True) for x in (few, many)]
+    assert ordered[0] == ordered[1]
+    assert triton_kernel.launch_options(few)["num_warps"] > triton_kernel.launch_options(many)["num_warps"]
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("exponent", [-140, -70, -58, -14, 0, 15, 60, 120])
@@ -112,7 +122,7 @@ def test_multiply_adds_divide_as_a_division_does(exponent):
     x = torch.cat(
         [absmax, halves, torch.nextafter(halves, 2 * halves), torch.nextafter(halves, 0 * halves)], dim=1
     )
-    x = x.double().ldexp(torch.tensor(exponent)).float()
+    x = (x.double() * 2.0**exponent).float()
     for fast, exact in zip(token_quantize.token_quantize(x), reference.quantize_tokens(x), strict=True):
         assert torch.equal(fast, exact)
 
