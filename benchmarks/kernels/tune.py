@@ -32,7 +32,7 @@ from quattuor.kernels.dispatch import TOKEN_RANGES, LinearProblem, describe_devi
 from quattuor.kernels.token_quantize import token_quantize
 from quattuor.kernels.w4a8_linear import gluon_kernel, measured, triton_kernel
 from quattuor.kernels.w4a8_linear.hopper import Schedule, estimate, make_schedule
-from quattuor.kernels.w4a8_linear.planes import BLOCK_K, HopperTile, Tile, mode_of, prepare_planes
+from quattuor.kernels.w4a8_linear.planes import BLOCK_K, HopperTile, Tile, group_scale_of, mode_of, prepare_planes
 
 __all__ = ["candidates", "choose", "main"]
 
@@ -160,16 +160,26 @@ def problem_of(shape: tuple[int, int], mode: str) -> LinearProblem:
 def launch(problem: LinearProblem, tile: Tile | HopperTile, batch: Batch, tensors: dict) -> torch.Tensor:
     """Compute the layer with a tile."""
     out = torch.empty(batch.x.shape[0], problem.out_features, dtype=torch.float16, device="cuda")
-    arguments = (batch.x_codes, batch.x_scale, tensors["packed"], tensors["scale"], tensors.get("group_scale"))
-    shared = {"mode": mode_of(problem), "group_size": problem.group_size, "tile": tile}
+    mode, group_scale = group_scale_of(problem, tensors)
+    arguments = (batch.x_codes, batch.x_scale, tensors["packed"], tensors["scale"], group_scale)
+    shared = {"group_size": problem.group_size, "tile": tile}
     if isinstance(tile, Tile):
         words = tensors.get("group_words")
-        triton_kernel.launch(*arguments, tensors["arrivals"], None, out, **shared, group_words=words)
+        triton_kernel.launch(
+            *arguments, tensors["arrivals"], None, out, **shared, mode=mode_of(problem), group_words=words
+        )
     else:
         schedule = schedule_of((problem.out_features, problem.in_features), batch.x.shape[0], tile)
         num_blocks = -(-problem.in_features // BLOCK_K)
         gluon_kernel.launch(
-            *arguments, tensors["arrivals"], None, out, **shared, num_blocks=num_blocks, schedule=schedule
+            *arguments,
+            tensors["arrivals"],
+            None,
+            out,
+            **shared,
+            mode=mode,
+            num_blocks=num_blocks,
+            schedule=schedule,
         )
     return out
 

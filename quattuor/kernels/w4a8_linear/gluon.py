@@ -8,7 +8,6 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-from quattuor.errors import UnsupportedError, compose
 from quattuor.kernels.dispatch import Implementation, LinearProblem, TokenRange
 from quattuor.kernels.w4a8_linear import measured
 from quattuor.kernels.w4a8_linear.hopper import choose_hopper_tile, make_schedule
@@ -18,19 +17,20 @@ from quattuor.kernels.w4a8_linear.planes import (
     PLANE_K,
     STORED_BITS,
     HopperTile,
+    group_scale_of,
     mode_of,
     prepare_planes,
-    stays_in_int8,
 )
 from quattuor.kernels.w4a8_linear.triton import processors
 
-__all__ = ["Gluon", "GluonUnclamped"]
+__all__ = ["Gluon"]
 
 
 @functools.lru_cache(maxsize=4096)
-def tile_for(problem: LinearProblem, num_tokens: int, device: torch.device) -> HopperTile:
+def tile_for(problem: LinearProblem, num_tokens: int, mode: str, device: torch.device) -> HopperTile:
     """Return the measured tile of a layer, or the one that the rule gives."""
-    choice = measured.find(problem, num_tokens)
+    # float16 scales were measured without clamps
+    choice = None if mode == "half" else measured.find(problem, num_tokens)
     if choice is not None and choice.implementation == Gluon.name:
         return choice.tile
     return choose_hopper_tile(num_tokens, problem, processors(device)[0])
@@ -42,10 +42,6 @@ class Gluon(Implementation):
     name = "gluon"
     layout = "planes"
     stored_bits = STORED_BITS
-
-    def mode(self, problem: LinearProblem) -> str:
-        """Return the mode of the kernel."""
-        return mode_of(problem)
 
     def supports(self, problem: LinearProblem) -> str | None:
         if problem.device_type != "cuda":
@@ -76,6 +72,11 @@ class Gluon(Implementation):
             return "streaming the weight is the limit here, and the smaller programs of triton hide more of it"
         return None
 
+    def remark(self, problem: LinearProblem, tokens: TokenRange) -> str:
+        if mode_of(problem) != "half":
+            return ""
+        return "products of codes and scales are clamped only where `prepare` finds one beyond int8"
+
     def prepare(self, problem: LinearProblem, *tensors: Tensor | None) -> dict[str, Tensor]:
         return prepare_planes(problem, *tensors)
 
@@ -98,7 +99,8 @@ class Gluon(Implementation):
         is_regular = x_codes.stride(1) == 1 and row_stride >= problem.in_features
         if not is_regular or row_stride % 16 or x_codes.data_ptr() % 16:
             x_codes = x_codes.clone(memory_format=torch.contiguous_format)
-        tile = tile_for(problem, num_tokens, x_codes.device)
+        mode, group_scale = group_scale_of(problem, operand)
+        tile = tile_for(problem, num_tokens, mode, x_codes.device)
         num_blocks = -(-problem.in_features // BLOCK_K)
         num_tiles = -(-problem.out_features // tile.rows) * -(-num_tokens // tile.tokens)
         programs = processors(x_codes.device)[0] * tile.per_processor
@@ -108,47 +110,14 @@ class Gluon(Implementation):
                 x_scale.contiguous(),
                 operand["packed"],
                 operand["scale"],
-                operand.get("group_scale"),
+                group_scale,
                 operand["arrivals"],
                 bias if bias is None else bias.contiguous(),
                 out,
-                mode=self.mode(problem),
+                mode=mode,
                 group_size=problem.group_size,
                 num_blocks=num_blocks,
                 tile=tile,
                 schedule=make_schedule(num_tiles, num_blocks, programs, tile.cut),
             )
         return out
-
-
-class GluonUnclamped(Gluon):
-    """The same for groups with float16 scales whose products with every code stay in int8: nothing is clamped."""
-
-    name = "gluon_unclamped"
-
-    def mode(self, problem: LinearProblem) -> str:
-        return "unclamped"
-
-    def supports(self, problem: LinearProblem) -> str | None:
-        if mode_of(problem) != "half":
-            return "unpacks groups with float16 scales only"
-        return super().supports(problem)
-
-    def declines(self, problem: LinearProblem, tokens: TokenRange) -> str | None:
-        # An experiment ran this unpacking on a device, in another build of the kernel.
-        return "has not passed the GPU tests since it was written; force it to try it"
-
-    def prepare(self, problem: LinearProblem, *tensors: Tensor | None) -> dict[str, Tensor]:
-        group_scale = tensors[-1]
-        if group_scale is not None and not stays_in_int8(group_scale, problem.max_code):
-            low, high = (float(bound) for bound in group_scale.aminmax())
-            raise UnsupportedError(
-                compose(
-                    subject="group_scale",
-                    value=f"{low} .. {high}",
-                    constraint="takes products with codes out of int8, which this implementation does not clamp",
-                    place="w4a8_linear.prepare",
-                    remedy=f"use force={Gluon.name!r}, which clamps",
-                )
-            )
-        return prepare_planes(problem, *tensors)

@@ -16,6 +16,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_wait
 
+from quattuor.kernels.w4a8_linear.gluon_ahead import multiply_ahead, unpack_stage
+from quattuor.kernels.w4a8_linear.gluon_modes import CHANNEL, INTEGER, UNCLAMPED, load_group_scale
 from quattuor.kernels.w4a8_linear.gluon_schedule import num_items, place, share
 from quattuor.kernels.w4a8_linear.unpacking import (
     HIGH_CHANNEL,
@@ -28,12 +30,7 @@ from quattuor.kernels.w4a8_linear.unpacking import (
     LOW_UNCLAMPED,
 )
 
-__all__ = ["CHANNEL", "HALF", "INTEGER", "UNCLAMPED", "consume"]
-
-CHANNEL = gl.constexpr(0)
-INTEGER = gl.constexpr(1)
-HALF = gl.constexpr(2)
-UNCLAMPED = gl.constexpr(3)
+__all__ = ["consume"]
 
 
 @gluon.jit
@@ -72,20 +69,6 @@ def unpack(packed, group_scale, HIGH: gl.constexpr, MODE: gl.constexpr):
             pack=4,
         )
     return operand
-
-
-@gluon.jit
-def load_group_scale(group_smem, first_row: gl.constexpr, layout: gl.constexpr, MODE: gl.constexpr):
-    """int32 group scales [64, 1] of one plane, spread over the fragment of the packed weight."""
-    ROWS: gl.constexpr = 64
-    flat = group_smem.reshape((group_smem.shape[1],)).slice(first_row, ROWS)
-    value = flat.load(gl.SliceLayout(1, layout))
-    if MODE != INTEGER:
-        bits = value.to(gl.int16, bitcast=True).to(gl.int32) & 0xFFFF
-        value = bits | (bits << 16)
-    else:
-        value = value.to(gl.int32)
-    return gl.expand_dims(value, 1)
 
 
 @gluon.jit
@@ -292,6 +275,7 @@ def consume(
     BAND: gl.constexpr,
     STAGES: gl.constexpr,
     UNROLL: gl.constexpr,
+    AHEAD: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     BULK_STORE: gl.constexpr,
     EARLY_SCALE: gl.constexpr,
@@ -315,7 +299,11 @@ def consume(
     step = 0
     if PDL:
         gdc_wait()
-    for item in range(num_items(num_tiles, num_blocks, whole, sharers, IS_CUT)):
+    items = num_items(num_tiles, num_blocks, whole, sharers, IS_CUT)
+    if AHEAD:
+        mbarrier.wait(barriers.index(0), 0, pred=items > 0)
+        low, high = unpack_stage(w_smem, group_smem, 0, base, CHUNKS, MODE, layout)
+    for item in range(items):
         tile, first, last = share(item, num_tiles, num_blocks, whole, sharers, IS_CUT)
         row_tile, token_tile = place(tile, num_row_tiles, num_token_tiles, BAND)
         first_row = row_tile * (CONSUMERS * BLOCKS * 64) + base
@@ -336,28 +324,31 @@ def consume(
                 token_scale1 = load_token_scale(x_scale, first_token + SPAN, num_tokens, SPAN, one_each)
         acc0 = gl.zeros((64, SPAN), gl.int32, mma)
         acc1 = gl.zeros((64, SPAN), gl.int32, mma)
-        rest = (last - first) % UNROLL
-        for _ in range(first, last - rest, UNROLL):
-            acc0, acc1 = multiply_stages(
-                acc0,
-                acc1,
-                w_smem,
-                x_smem,
-                group_smem,
-                barriers,
-                step,
-                UNROLL,
-                base,
-                CHUNKS,
-                BLOCKS,
-                SPANS,
-                STAGES,
-                MODE,
-                layout,
-            )
-            step += UNROLL
-        if UNROLL > 1:
-            for _ in range(rest):
+        if AHEAD:
+            for block in range(first, last):
+                is_followed = (block < last - 1) | (item < items - 1)
+                acc0, acc1, low, high = multiply_ahead(
+                    acc0,
+                    acc1,
+                    low,
+                    high,
+                    w_smem,
+                    x_smem,
+                    group_smem,
+                    barriers,
+                    step,
+                    is_followed,
+                    base,
+                    CHUNKS,
+                    SPANS,
+                    STAGES,
+                    MODE,
+                    layout,
+                )
+                step += 1
+        else:
+            rest = (last - first) % UNROLL
+            for _ in range(first, last - rest, UNROLL):
                 acc0, acc1 = multiply_stages(
                     acc0,
                     acc1,
@@ -366,7 +357,7 @@ def consume(
                     group_smem,
                     barriers,
                     step,
-                    1,
+                    UNROLL,
                     base,
                     CHUNKS,
                     BLOCKS,
@@ -375,7 +366,27 @@ def consume(
                     MODE,
                     layout,
                 )
-                step += 1
+                step += UNROLL
+            if UNROLL > 1:
+                for _ in range(rest):
+                    acc0, acc1 = multiply_stages(
+                        acc0,
+                        acc1,
+                        w_smem,
+                        x_smem,
+                        group_smem,
+                        barriers,
+                        step,
+                        1,
+                        base,
+                        CHUNKS,
+                        BLOCKS,
+                        SPANS,
+                        STAGES,
+                        MODE,
+                        layout,
+                    )
+                    step += 1
         is_owner = True
         if IS_CUT:
             is_owner = first == 0

@@ -19,7 +19,8 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quattuor.kernels.launch import launcher
-from quattuor.kernels.w4a8_linear.gluon_consumer import CHANNEL, HALF, INTEGER, UNCLAMPED, consume
+from quattuor.kernels.w4a8_linear.gluon_consumer import consume
+from quattuor.kernels.w4a8_linear.gluon_modes import CHANNEL, HALF, INTEGER, UNCLAMPED
 from quattuor.kernels.w4a8_linear.gluon_schedule import num_items, place, share
 from quattuor.kernels.w4a8_linear.hopper import Schedule
 from quattuor.kernels.w4a8_linear.planes import HopperTile
@@ -134,6 +135,7 @@ def w4a8_hopper_kernel(
     BAND: gl.constexpr,
     STAGES: gl.constexpr,
     UNROLL: gl.constexpr,
+    AHEAD: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     BULK_STORE: gl.constexpr,
     EARLY_SCALE: gl.constexpr,
@@ -193,6 +195,7 @@ def w4a8_hopper_kernel(
                     BAND,
                     STAGES,
                     UNROLL,
+                    AHEAD,
                     HAS_BIAS,
                     BULK_STORE,
                     EARLY_SCALE,
@@ -229,6 +232,7 @@ def w4a8_hopper_kernel(
                     BAND,
                     STAGES,
                     UNROLL,
+                    AHEAD,
                     HAS_BIAS,
                     BULK_STORE,
                     EARLY_SCALE,
@@ -339,6 +343,7 @@ def launch(
         BAND=BAND_TOKENS // tile.tokens,
         STAGES=tile.stages,
         UNROLL=tile.unroll,
+        AHEAD=tile.ahead,
         HAS_BIAS=bias is not None,
         BULK_STORE=bulk_store,
         EARLY_SCALE=tile.has_room_for_scales(mode),

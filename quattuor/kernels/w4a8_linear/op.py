@@ -2,7 +2,7 @@
 """The public wrapper: checks every input, chooses the implementation, calls the registered operator."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,14 +21,20 @@ from quattuor.kernels.dispatch import (
 from quattuor.kernels.layer import prepare_layouts, select
 from quattuor.kernels.w4a8_linear.checks import PLACE, check_inputs, check_weight
 from quattuor.kernels.w4a8_linear.float32 import Float32
-from quattuor.kernels.w4a8_linear.gluon import Gluon, GluonUnclamped
+from quattuor.kernels.w4a8_linear.gluon import Gluon
+from quattuor.kernels.w4a8_linear.planes import group_scale_of
 from quattuor.kernels.w4a8_linear.reference import Reference
 from quattuor.kernels.w4a8_linear.triton import Triton
 
 __all__ = ["IMPLEMENTATIONS", "Plan", "plan"]
 
 #: Fastest first; the reference supports every legal problem.
-IMPLEMENTATIONS: tuple[Implementation, ...] = (Gluon(), GluonUnclamped(), Triton(), Float32(), Reference())
+IMPLEMENTATIONS: tuple[Implementation, ...] = (Gluon(), Triton(), Float32(), Reference())
+#: What `explain` adds for a prepared weight, by the mode of the Hopper kernel.
+CLAMPING = {
+    "half": "; this weight has one, so they are clamped",
+    "unclamped": "; this weight has none, so they are not clamped",
+}
 BY_NAME = {implementation.name: implementation for implementation in IMPLEMENTATIONS}
 
 
@@ -120,9 +126,19 @@ class Plan:
     problem: LinearProblem
     schedule: Schedule
 
-    def explain(self) -> list[Row]:
-        """Return a row for each range of token counts and implementation: chosen or not, and why."""
-        return list(self.schedule.rows)
+    def explain(self, operand: Operand | None = None) -> list[Row]:
+        """Return a row for each range of token counts and implementation: chosen or not, and why.
+
+        Args:
+            operand: What `prepare` returned; then rows also say whether its products with scales are clamped.
+        """
+        if operand is None:
+            return list(self.schedule.rows)
+        remark = CLAMPING.get(group_scale_of(self.problem, operand.layout(Gluon.layout))[0], "")
+        return [
+            replace(row, reason=row.reason + remark) if row.is_chosen and row.implementation == Gluon.name else row
+            for row in self.schedule.rows
+        ]
 
     def implementation(self, num_tokens: int) -> str:
         """Return the name of the implementation that computes this number of tokens."""

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """K-plane nibble packing: the weight layout of the GPU kernels. Drawn in README.md."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ __all__ = [
     "TILE_ROWS",
     "HopperTile",
     "Tile",
+    "group_scale_of",
     "mode_of",
     "pack_planes",
     "pack_words",
@@ -67,7 +69,8 @@ class HopperTile:
     `registers` is what a thread of the second consumer may use, `max_registers` the cap at launch, None for what
     the compiler takes; the first consumer gets what the others leave. `per_processor` programs share each
     multiprocessor. `spans` cuts the tokens in parts of 128 at most. `cut` says what becomes of the tiles that fill
-    no wave of programs (`hopper.CUTS`). `unroll` K blocks are multiplied before a consumer waits for them.
+    no wave of programs (`hopper.CUTS`). `unroll` K blocks are multiplied before a consumer waits for them; with
+    `ahead` the next one is unpacked in that time, for tiles of one block.
     """
 
     blocks: int
@@ -76,6 +79,7 @@ class HopperTile:
     spans: int = 1
     cut: str = "even"
     unroll: int = 1
+    ahead: bool = False
     consumers: int = 2
     registers: int = 232
     max_registers: int | None = None
@@ -114,6 +118,16 @@ def mode_of(problem: LinearProblem) -> str:
     if problem.group_size is None:
         return "channel"
     return "integer" if problem.integer_group_scale else "half"
+
+
+def group_scale_of(problem: LinearProblem, operand: Mapping[str, Tensor]) -> tuple[str, Tensor | None]:
+    """Return the mode in which the Hopper kernel takes prepared tensors, and their group scales.
+
+    "half" becomes "unclamped" where `prepare_planes` found that no product of a code and its scale leaves int8.
+    """
+    if "unclamped_group_scale" in operand:
+        return "unclamped", operand["unclamped_group_scale"]
+    return mode_of(problem), operand.get("group_scale")
 
 
 def stays_in_int8(group_scale: Tensor, max_code: int) -> bool:
@@ -178,7 +192,8 @@ def prepare_planes(
 
     packed       int8 tiles [N' / 128, K' / 256, 128, 128] of nibbles, or [N' / 128, K' / 128, 128, 128] of bytes
     scale        float32 [N']; divided by 16 in channel mode, whose operands are 16 * code (exact: a power of two)
-    group_scale  int8 (integer mode) or float16 (half mode) [G', N']: a warp reads one group of many rows
+    group_scale  int8 (integer mode) or float16 (half mode) [G', N']: a warp reads one group of many rows; named
+                 unclamped_group_scale where the float16 scales take no product with a code out of int8
     group_words  int32 [B, N'], the two scales of each block; integer mode with groups of whole planes only
     arrivals     int32 zeros: counters of programs that share a tile, zero again after every launch
     weight_sum   int32 [N'], sums of the operands over K; only where activations have zero points
@@ -202,7 +217,12 @@ def prepare_planes(
         groups = -(-padded_features // problem.group_size)
         padding = (0, row_padding, 0, groups - problem.num_groups)
         padded = pad(group_scale.T, padding, value=1).contiguous()
-        named["group_scale"] = padded.to(torch.int8) if mode == "integer" else padded
+        if mode == "integer":
+            named["group_scale"] = padded.to(torch.int8)
+        elif stays_in_int8(group_scale, problem.max_code):
+            named["unclamped_group_scale"] = padded
+        else:
+            named["group_scale"] = padded
         if mode == "integer" and problem.group_size % PLANE_K == 0:
             named["group_words"] = pack_words(named["group_scale"], problem.group_size, 2, padded_features)
     return named

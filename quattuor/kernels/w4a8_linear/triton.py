@@ -12,7 +12,14 @@ from torch import Tensor
 from quattuor.kernels.dispatch import Implementation, LinearProblem
 from quattuor.kernels.w4a8_linear import measured
 from quattuor.kernels.w4a8_linear.narrow import BLOCKS, prepare_narrow, width_of
-from quattuor.kernels.w4a8_linear.planes import PLANE_K, STORED_BITS, Tile, mode_of, prepare_planes
+from quattuor.kernels.w4a8_linear.planes import (
+    PLANE_K,
+    STORED_BITS,
+    Tile,
+    group_scale_of,
+    mode_of,
+    prepare_planes,
+)
 
 __all__ = ["Triton", "choose_tile"]
 
@@ -181,7 +188,7 @@ class Triton(Implementation):
                 x_scale.contiguous(),
                 operand["packed"],
                 operand["scale"],
-                operand.get("group_scale"),
+                group_scale_of(problem, operand)[1],
                 operand["arrivals"],
                 bias if bias is None else bias.contiguous(),
                 out,

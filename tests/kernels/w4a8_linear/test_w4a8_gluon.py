@@ -14,6 +14,7 @@ from ahead_of_time import compile_kernel
 from quattuor.errors import UnsupportedError
 from quattuor.kernels import w4a8_linear
 from quattuor.kernels.dispatch import LinearProblem
+from quattuor.kernels.layer import prepare_layouts
 from quattuor.kernels.w4a8_linear.gluon_kernel import MODES, w4a8_hopper_kernel
 from quattuor.kernels.w4a8_linear.hopper import CUTS, choose_hopper_tile, make_schedule
 from quattuor.kernels.w4a8_linear.planes import HopperTile, mode_of
@@ -52,6 +53,7 @@ def compile_tile(mode, tile):
         "BAND": 8,
         "STAGES": tile.stages,
         "UNROLL": tile.unroll,
+        "AHEAD": tile.ahead,
         "HAS_BIAS": False,
         "BULK_STORE": True,
         "EARLY_SCALE": tile.has_room_for_scales(mode),
@@ -142,6 +144,48 @@ def test_machine_code(mode, name):
         assert loop.count("LDSM.16.M88.4") == 4 * tile.blocks * bodies
 
 
+AHEAD = {
+    "few": HopperTile(blocks=1, tokens=16, stages=9, ahead=True),
+    "narrow": HopperTile(blocks=1, tokens=64, stages=6, ahead=True),
+    "square": HopperTile(blocks=1, tokens=128, stages=4, ahead=True),
+    "wide": HopperTile(blocks=1, tokens=256, spans=2, stages=2, ahead=True),
+}
+
+
+@pytest.mark.parametrize(
+    ("mode", "name"),
+    [
+        ("integer", "square"),
+        pytest.param("channel", "square", marks=pytest.mark.slow),
+        pytest.param("integer", "wide", marks=pytest.mark.slow),
+        pytest.param("integer", "narrow", marks=pytest.mark.slow),
+        pytest.param("unclamped", "wide", marks=pytest.mark.slow),
+        pytest.param("unclamped", "few", marks=pytest.mark.slow),
+        pytest.param("half", "square", marks=pytest.mark.slow),
+    ],
+)
+def test_the_next_block_is_unpacked_before_the_products_of_this_one_are_waited_for(mode, name):
+    tile = AHEAD[name]
+    binary = compile_tile(mode, tile)
+    products = 8 * tile.spans
+    assert binary.count("IGMMA") == 2 * products
+    assert binary.count(r"WARPGROUP\.DEPBAR") == 2, "the compiler serialized the products"
+    assert binary.shared_bytes <= tile.shared_limit
+    lines = binary.sass.splitlines()
+    issued = [i for i, line in enumerate(lines) if "IGMMA" in line][products - 1 :: products]
+    waits = [i for i, line in enumerate(lines) if "WARPGROUP.DEPBAR" in line]
+    for last_product, wait in zip(issued, waits, strict=True):
+        shadow = "\n".join(lines[last_product:wait])
+        assert shadow.count("LDSM.16.M88.4") == 4
+        assert not re.search(r"\b(STL|LDL)\b", shadow), "spills while the products run"
+        # of the high plane each of 16 words is shifted, or halved in float16 units
+        shifts = {"channel": r"(SHF\.L|IMAD\.SHL|SHF\.R)", "integer": r"SHF\.R\.U32\.HI R"}
+        assert len(re.findall(shifts.get(mode, r"\bHFMA2"), shadow)) >= 16
+        after = "\n".join(lines[wait : wait + 60])
+        stop = after.index("SYNCS.ARRIVE")
+        assert len(re.findall(r"\b(HFMA2|PRMT|IMAD)", after[:stop])) < 16, "unpacked after the wait"
+
+
 def test_specialized_warps_read_their_state_behind_all_that_the_kernel_shares():
     """What racecheck reports of the kernel: bytes of the compiler, between barriers of all warps."""
     tile = TILES["square"]
@@ -186,15 +230,31 @@ def test_refusals_have_reasons(layer):
     assert [plan.implementation(m) for m in (1, 64, 65, 5000)] == ["triton", "triton", "gluon", "gluon"]
     assert w4a8_linear.plan(group).implementation(5000) == "triton"
     assert set(plan.schedule.layouts()) == {"planes"}
-    half = dataclasses.replace(base, group_size=128)
-    assert [w4a8_linear.plan(half).implementation(m) for m in (1, 64, 5000)] == ["gluon"] * 3
-    with pytest.raises(UnsupportedError, match="float16 scales only"):
-        w4a8_linear.plan(base, force="gluon_unclamped")
-    rows = [row for row in w4a8_linear.plan(half).explain() if row.implementation == "gluon_unclamped"]
-    assert all("has not passed the GPU tests" in row.reason for row in rows)
-    assert w4a8_linear.plan(half, force="gluon_unclamped").implementation(1) == "gluon_unclamped"
     zero = dataclasses.replace(base, activation_zero_point=True)
     assert w4a8_linear.plan(zero).implementation(5000) == "triton"
+    half = dataclasses.replace(base, group_size=128)
+    assert [w4a8_linear.plan(half).implementation(m) for m in (1, 64, 5000)] == ["gluon"] * 3
+    rows = [row for row in w4a8_linear.plan(half).explain() if row.is_chosen]
+    assert all("clamped only where" in row.reason for row in rows)
+
+
+@pytest.mark.parametrize("clamps", [True, False])
+def test_a_plan_explains_whether_products_are_clamped(layer, clamps):
+    made = layer(64, 256, group_size=128, clamps=clamps)
+    problem = dataclasses.replace(made.problem, device_type="cuda", compute_capability=(9, 0))
+    plan = w4a8_linear.plan(problem)
+    operand = prepare_layouts(plan.schedule, problem, made.codes, made.scale, made.group_scale)
+    reasons = {row.reason for row in plan.explain(operand) if row.is_chosen}
+    assert len(reasons) == 1
+    assert ("so they are clamped" in reasons.pop()) == clamps
+    assert not any("this weight" in row.reason for row in plan.explain())
+    per_channel = layer(64, 256)
+    problem = dataclasses.replace(per_channel.problem, device_type="cuda", compute_capability=(9, 0))
+    plan = w4a8_linear.plan(problem)
+    assert (
+        plan.explain(prepare_layouts(plan.schedule, problem, per_channel.codes, per_channel.scale, None))
+        == plan.explain()
+    )
 
 
 def test_a_layer_of_one_block_compiles_the_kernel_of_longer_layers():

@@ -8,7 +8,7 @@ import torch
 
 from quattuor.kernels import w4a8_linear
 from quattuor.kernels.dispatch import describe_device
-from quattuor.kernels.w4a8_linear.planes import BLOCK_K, HopperTile, mode_of
+from quattuor.kernels.w4a8_linear.planes import BLOCK_K, HopperTile, group_scale_of
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,6 +23,10 @@ TILES = {
     "square": HopperTile(blocks=1, tokens=128, stages=4, unroll=2),
     "tall": HopperTile(blocks=2, tokens=128, stages=2),
     "wide": HopperTile(blocks=1, tokens=256, spans=2, stages=2),
+    "few ahead": HopperTile(blocks=1, tokens=16, stages=9, ahead=True),
+    "narrow ahead": HopperTile(blocks=1, tokens=64, stages=6, ahead=True),
+    "square ahead": HopperTile(blocks=1, tokens=128, stages=4, ahead=True),
+    "wide ahead": HopperTile(blocks=1, tokens=256, spans=2, stages=2, ahead=True),
     "paired few": HopperTile(**PAIRED, tokens=16, stages=5),
     "paired": HopperTile(**PAIRED, tokens=64, stages=2),
 }
@@ -47,7 +51,6 @@ def test_tiles(layer, inputs, name, cut, mode):
         }[mode]
         made = layer(out_features, in_features, **group, device="cuda")
         problem = dataclasses.replace(made.problem, **describe_device("cuda"))
-        assert mode_of(problem) == ("half" if mode == "unclamped" else mode)
         x_codes, x_scale = inputs(num_tokens, in_features, device="cuda")
         bias = torch.randn(out_features, device="cuda", dtype=torch.float16)
         exact = w4a8_linear.plan(problem, force="reference")
@@ -55,6 +58,8 @@ def test_tiles(layer, inputs, name, cut, mode):
         expected = exact.linear(x_codes, x_scale, operand, bias)
         prepared = w4a8_linear.plan(problem, force="gluon").prepare(made.codes, made.scale, made.group_scale)
         planes = prepared.layout("planes")
+        kernel_mode, group_scale = group_scale_of(problem, planes)
+        assert kernel_mode == mode
         num_blocks = -(-in_features // BLOCK_K)
         num_tiles = -(-out_features // tile.rows) * -(-num_tokens // tile.tokens)
         for programs in (20, 132 * tile.per_processor):
@@ -64,11 +69,11 @@ def test_tiles(layer, inputs, name, cut, mode):
                 x_scale,
                 planes["packed"],
                 planes["scale"],
-                planes.get("group_scale"),
+                group_scale,
                 planes["arrivals"],
                 bias,
                 out,
-                mode=mode,
+                mode=kernel_mode,
                 group_size=problem.group_size,
                 num_blocks=num_blocks,
                 tile=tile,

@@ -4,11 +4,9 @@
 import pytest
 import torch
 
-from quattuor.errors import UnsupportedError
 from quattuor.kernels import w4a8_linear
 from quattuor.kernels.dispatch import LinearProblem
-from quattuor.kernels.w4a8_linear.gluon import GluonUnclamped
-from quattuor.kernels.w4a8_linear.planes import stays_in_int8
+from quattuor.kernels.w4a8_linear.planes import group_scale_of, prepare_planes, stays_in_int8
 
 
 @pytest.mark.parametrize(("bits", "group_size", "integer"), [(4, None, False), (3, 4, False), (4, 4, True)])
@@ -46,18 +44,24 @@ def test_group_products_round_half_to_even_and_clamp():
     ("low", "high", "is_inside"),
     [(-15.875, 16.0625, True), (0.0, 15.0, True), (-15.9375, 0.0, False), (0.0, 16.078125, False)],
 )
-def test_scales_whose_products_leave_int8_are_refused_where_nothing_is_clamped(low, high, is_inside):
+def test_products_are_clamped_exactly_where_a_scale_takes_one_out_of_int8(low, high, is_inside):
     scale = torch.tensor([[low, high]], dtype=torch.float16)
     product = (torch.arange(-8, 8).float()[:, None] * scale.float()).round()
     assert (product.min() >= -128 and product.max() <= 127) == is_inside
     assert stays_in_int8(scale, 8) == is_inside
     problem = LinearProblem(out_features=1, in_features=256, group_size=128)
     tensors = (torch.zeros(1, 256, dtype=torch.int8), torch.ones(1), scale)
-    if is_inside:
-        assert torch.equal(GluonUnclamped().prepare(problem, *tensors)["group_scale"][:, 0], scale[0])
-    else:
-        with pytest.raises(UnsupportedError, match=r"out of int8.*clamps"):
-            GluonUnclamped().prepare(problem, *tensors)
+    mode, group_scale = group_scale_of(problem, prepare_planes(problem, *tensors))
+    assert mode == ("unclamped" if is_inside else "half")
+    assert torch.equal(group_scale[:, 0], scale[0])
+
+
+def test_every_other_mode_runs_as_it_is_named(layer):
+    for fields, mode in (({}, "channel"), ({"group_size": 128, "integer": True}, "integer")):
+        made = layer(64, 256, **fields)
+        prepared = prepare_planes(made.problem, made.codes, made.scale, made.group_scale)
+        found, group_scale = group_scale_of(made.problem, prepared)
+        assert (found, group_scale is None) == (mode, mode == "channel")
 
 
 def test_unclamped_unpacking_by_its_definition():
