@@ -47,6 +47,11 @@ class Execution(ABC):
         """Whether the product holds the weight's delta already."""
         return False
 
+    @property
+    def reads_stored(self) -> bool:
+        """Whether the stored tensors themselves are what is multiplied by."""
+        return False
+
     @abstractmethod
     def prepared(self, tensor: QuantizedTensor) -> "Execution":
         """Return the same choice with the weight laid out for it."""
@@ -213,7 +218,7 @@ class DecodedExecution(Execution):
     Args:
         keeps: Whether the decoded codes stay in memory as float32.
         is_forced: Whether the caller named the implementation.
-        tensor: The packed weight, once prepared.
+        tensor: The packed weight, once prepared, when it is decoded on each call.
         weight: Its decoded codes and delta, when they are kept.
     """
 
@@ -227,14 +232,21 @@ class DecodedExecution(Execution):
         """The delta is part of the decoded weight."""
         return True
 
+    @property
+    def reads_stored(self) -> bool:
+        """The packed weight is decoded on each call, unless that is kept."""
+        return not self.keeps
+
     def prepared(self, tensor: QuantizedTensor) -> "DecodedExecution":
         """Keep the packed weight, and its decoded form if that is the choice."""
-        return replace(self, tensor=tensor, weight=_with_delta(tensor) if self.keeps else None)
+        return replace(self, weight=_with_delta(tensor)) if self.keeps else replace(self, tensor=tensor)
 
     def linear(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """Multiply in float32, round once."""
-        assert self.tensor is not None, "prepared comes first"
-        weight_NK = _with_delta(self.tensor) if self.weight is None else self.weight
+        weight_NK = self.weight
+        if weight_NK is None:
+            assert self.tensor is not None, "prepared comes first"
+            weight_NK = _with_delta(self.tensor)
         y = x.float() @ weight_NK.T
         return (y if bias is None else y + bias.float()).to(out_dtype)
 

@@ -3,6 +3,7 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, cast
 
 import torch
@@ -10,10 +11,12 @@ from torch import Tensor, nn
 
 from quattuor.activations.base import ActivationQuantizer
 from quattuor.errors import InputError, UnsupportedError
+from quattuor.formats.base import Parameters
 from quattuor.kernels.dispatch import Row, is_plain_call
 from quattuor.nn.execution import Execution, make_execution
 from quattuor.nn.layout import LinearLayout
 from quattuor.nn.prepared import Prepared
+from quattuor.nn.residence import has_own_memory, host_copies, is_brought, is_present, moved
 from quattuor.quantized_tensor import QuantizedTensor
 
 __all__ = ["OutputSource", "QuantizedLinear"]
@@ -47,10 +50,15 @@ class QuantizedLinear(nn.Module):
     With an activation quantizer x becomes int8 per token and the product with the codes is one of integers;
     without one the decoded codes meet x in floating point. A delta always does. The kernels are chosen once per
     device (`explain` says which and why); their own weight layout is made on the first call and is not part of the
-    state. `torch.compile(fullgraph=True)` traces the call without a break.
+    state. On a device with memory of its own the stored tensors go to host memory then, where `state_dict` finds
+    them, unless `keeps_stored` is set. `torch.compile(fullgraph=True)` traces the call without a break.
 
     Buffers: `packed`, parameters and extras, as in `QuantizedTensor.state`; `bias` when there is one.
     """
+
+    _prepared: Prepared | None
+    _extras: QuantizedTensor | None
+    _prepared_for: tuple[object, ...] | None
 
     def __init__(
         self,
@@ -73,6 +81,8 @@ class QuantizedLinear(nn.Module):
             self.register_buffer(key, tensor)
         self.register_buffer("bias", torch.empty(out_features, dtype=dtype, device=device) if bias else None)
         self.force: str | None = None
+        self.keeps_stored = False
+        self._home: torch.device | None = None
         self.shared: OutputSource | None = None
         self._forget()
 
@@ -104,9 +114,34 @@ class QuantizedLinear(nn.Module):
 
     @property
     def tensor(self) -> QuantizedTensor:
-        """The packed weight, sharing this module's buffers where they are not packed parameters."""
-        state = {key: self.get_buffer(key) for key in self.layout.tensor_names}
+        """The packed weight where it is stored, in this module's buffers where its parameters are not packed."""
+        return self.layout.read(self._stored(), self.out_features, self.in_features, name=self.name)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the module runs: where its weight is stored, unless that waits in host memory."""
+        return self._home or self.get_buffer("packed").device
+
+    def tensor_on(self, device: torch.device) -> QuantizedTensor:
+        """Return the packed weight; what lies in host memory is copied to the device."""
+        stored = self._stored().items()
+        state = {key: value.to(device) if value.device.type == "cpu" else value for key, value in stored}
         return self.layout.read(state, self.out_features, self.in_features, name=self.name)
+
+    def serves(self, device: torch.device) -> bool:
+        """Return whether bias and weight lie on a device, or the weight waits in host memory."""
+        bias, places = self._buffers["bias"], (device, torch.device("cpu"))
+        is_near = all(tensor.device in places for tensor in self._stored().values())
+        return is_near and (bias is None or bias.device == device)
+
+    def release(self, device: torch.device) -> None:
+        """Move the stored tensors to host memory: a kernel has laid them out on a device that has its own."""
+        self._home = device if has_own_memory(device) else None
+        if self._home is not None and not self.keeps_stored and not is_brought(self):
+            self._buffers.update(host_copies(self._stored(), device))
+
+    def _stored(self) -> dict[str, Tensor]:
+        return {key: self.get_buffer(key) for key in self.layout.tensor_names}
 
     def forward(self, x: Tensor) -> Tensor:
         """Return y in the dtype of x; any number of leading dimensions."""
@@ -121,9 +156,13 @@ class QuantizedLinear(nn.Module):
         assert prepared is not None, "prepared above"
         bias = self._buffers["bias"]  # an attribute of a module takes longer to find
         if tensor is None:
-            return prepared(x, bias)
-        y = _with_extras(prepared.execution, tensor, x.reshape(-1, self.in_features), bias)
-        return y.view(*x.shape[:-1], self.out_features)
+            y = prepared(x, bias)
+        else:
+            y = _with_extras(prepared.execution, tensor, x.reshape(-1, self.in_features), bias)
+            y = y.view(*x.shape[:-1], self.out_features)
+        if self._prepared_for is None:
+            self._prepared = self._extras = None
+        return y
 
     def _traced(self, x: Tensor) -> Tensor:
         """Do what `forward` does, in few steps for the compiler that traces them."""
@@ -161,14 +200,27 @@ class QuantizedLinear(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "QuantizedLinear":
         """Move and cast like any module, but never cast the packed weight: a rounded scale is another weight."""
-        stored = {key: self.get_buffer(key) for key in self.layout.tensor_names}
+        stored = self._stored()
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for key, before in stored.items():
             after = self.get_buffer(key)
             if after.dtype != before.dtype:
                 self._buffers[key] = before.to(after.device)
+        if self._home is not None:
+            home = moved(self._home, fn)
+            self._home = None if home == self.get_buffer("packed").device else home
         self._forget()
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what belongs to this process."""
+        return {**self.__dict__, "_prepared": None, "_extras": None, "_prepared_for": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Prepare anew when called, maybe on a machine with other devices."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        if self._home is not None and not is_present(self._home):
+            self._home = None
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Load like any module, and lay the weight out again on the next call."""
@@ -181,8 +233,8 @@ class QuantizedLinear(nn.Module):
         Where the module takes its outputs from a product with others, the rows are those of the product.
         """
         if self.shared is not None and self.force is None:
-            return self.shared.explain(self.get_buffer("packed").device)
-        return self._make_execution(self.get_buffer("packed").device, torch.float32).explain()
+            return self.shared.explain(self.device)
+        return self._make_execution(self.device, torch.float32).explain()
 
     def use_kernel(self, name: str | None) -> None:
         """Force one kernel by name, or choose again with None.
@@ -192,7 +244,7 @@ class QuantizedLinear(nn.Module):
         """
         before, self.force = self.force, name
         try:
-            self._make_execution(self.get_buffer("packed").device, torch.float32)
+            self._make_execution(self.device, torch.float32)
         except (InputError, UnsupportedError):
             self.force = before
             raise
@@ -209,21 +261,28 @@ class QuantizedLinear(nn.Module):
         """Drop what `_prepare` made; a compiled graph that holds it is traced again."""
         if self.shared is not None:
             self.shared.forget()
-        self._prepared: Prepared | None = None
-        self._extras: QuantizedTensor | None = None
-        self._prepared_for: tuple[object, ...] | None = None
+        self._prepared = self._extras = None
+        self._prepared_for = None
 
     def _prepare(self, device: torch.device, dtype: torch.dtype) -> None:
         """Choose the execution and lay the weight out for it, anew when something changed."""
+        if self._prepared_for == self._key(device, dtype) and self._prepared is not None:
+            return
+        tensor = self.tensor_on(device)
+        execution = self._make_execution(device, dtype).prepared(tensor)
+        if not execution.reads_stored:
+            self.release(device)
+        if self.layout.extras:
+            delta = None if execution.adds_delta else tensor.delta
+            self._extras = replace(tensor, packed=self.get_buffer("packed"), parameters=Parameters(), delta=delta)
+        self._prepared = Prepared(execution, self.in_features, self.out_features)
+        self._prepared_for = None if is_brought(self) else self._key(device, dtype)
+
+    def _key(self, device: torch.device, dtype: torch.dtype) -> tuple[object, ...]:
+        """Return what must not have changed for a prepared weight to be this one."""
         packed = self._buffers["packed"]
         assert packed is not None, "a packed weight has codes"
-        key = (device, dtype, self.force, packed.data_ptr(), packed._version)
-        if self._prepared_for != key or self._prepared is None:
-            tensor = self.tensor
-            execution = self._make_execution(device, dtype).prepared(tensor)
-            self._prepared = Prepared(execution, self.in_features, self.out_features)
-            self._extras = tensor if self.layout.extras else None
-            self._prepared_for = key
+        return device, dtype, self.force, packed.data_ptr(), packed._version
 
     @torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
     def _prepare_while_tracing(self, device: torch.device, dtype: torch.dtype) -> bool:

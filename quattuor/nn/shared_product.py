@@ -142,20 +142,22 @@ class SharedProduct(OutputSource):
 
     def ready(self, device: torch.device, dtype: torch.dtype) -> tuple[Prepared, Tensor | None] | None:
         """Return the joined weight, laid out, and bias, or None where the members must compute for themselves."""
-        key = (device, dtype, *[member.stamp() for member in self.members])
         ready = self._prepared  # another thread may prepare anew
-        if key != self._prepared_for:
+        if self._prepared_for != self._key(device, dtype):
             self._prepared = ready = self._prepare(device, dtype)
-            self._prepared_for = key
+            self._prepared_for = self._key(device, dtype)
         return ready
+
+    def _key(self, device: torch.device, dtype: torch.dtype) -> tuple[object, ...]:
+        return device, dtype, *[member.stamp() for member in self.members]
 
     def _prepare(self, device: torch.device, dtype: torch.dtype) -> tuple[Prepared, Tensor | None] | None:
         """Return the joined weight, laid out, and bias; None where members are forced or elsewhere."""
         if any(member.force is not None for member in self.members):
             return None
-        if any(buffer.device != device for member in self.members for buffer in member.buffers()):
+        if any(not member.serves(device) for member in self.members):
             return None
-        tensor = self.tensor
+        tensor = self._tensor_on(device)
         execution = make_execution(
             tensor,
             self.members[0].layout.activations,
@@ -166,6 +168,8 @@ class SharedProduct(OutputSource):
         )
         biases = [bias for member in self.members if (bias := member._buffers["bias"]) is not None]
         prepared = Prepared(execution.prepared(tensor), tensor.shape[1], tensor.shape[0])
+        for member in self.members:
+            member.release(device)
         return prepared, torch.cat(biases) if biases else None
 
     @property
@@ -173,10 +177,9 @@ class SharedProduct(OutputSource):
         """Names of the members."""
         return ", ".join(member.name for member in self.members)
 
-    @property
-    def tensor(self) -> QuantizedTensor:
-        """The joined weight, in memory of its own."""
-        tensors = [member.tensor for member in self.members]
+    def _tensor_on(self, device: torch.device) -> QuantizedTensor:
+        """Return the joined weight, in memory of its own."""
+        tensors = [member.tensor_on(device) for member in self.members]
         first = tensors[0]
         return QuantizedTensor(
             packed=torch.cat([tensor.packed for tensor in tensors]),
@@ -192,7 +195,12 @@ class SharedProduct(OutputSource):
         """Return which kernel computes the product."""
         layout = self.members[0].layout
         return make_execution(
-            self.tensor, layout.activations, force=None, dtype=torch.float32, device=device, name=self.name
+            self._tensor_on(device),
+            layout.activations,
+            force=None,
+            dtype=torch.float32,
+            device=device,
+            name=self.name,
         ).explain()
 
 

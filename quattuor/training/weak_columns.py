@@ -36,7 +36,7 @@ class TunableColumns(nn.Module):
     def __init__(self, linear: QuantizedLinear) -> None:
         """Take the columns out of the product with the codes."""
         super().__init__()
-        tensor = linear.tensor
+        tensor = linear.tensor_on(linear.device)
         delta = tensor.delta
         assert isinstance(delta, ColumnDelta), "only these are replaced"
         self.linear = linear
@@ -46,6 +46,7 @@ class TunableColumns(nn.Module):
             codes, None, linear.layout.activations, dtype=torch.float32, name=linear.name
         )
         self.codes.force = linear.force
+        self.codes.keeps_stored = True  # the backward pass decodes them
         self.register_buffer("indices", delta.indices.long())
         self.values = nn.Parameter(delta.values.float())
 
@@ -149,7 +150,7 @@ def keep_columns_(model: nn.Module) -> None:
     tunable = {name: item for name, item in model.named_modules() if isinstance(item, TunableColumns)}
     stored = {name: item.stored_values() for name, item in tunable.items()}
     for name, item in tunable.items():
-        tensor = item.linear.tensor
+        tensor = item.linear.tensor_on(item.linear.device)
         delta = ColumnDelta(indices=item.get_buffer("indices").to(torch.int32), values=stored[name])
         bias = item.bias
         linear = QuantizedLinear.from_tensor(
