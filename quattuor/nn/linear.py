@@ -57,7 +57,6 @@ class QuantizedLinear(nn.Module):
     """
 
     _prepared: Prepared | None
-    _extras: QuantizedTensor | None
     _prepared_for: tuple[object, ...] | None
 
     def __init__(
@@ -152,30 +151,18 @@ class QuantizedLinear(nn.Module):
             if y is not None:
                 return y
         self._prepare(x.device, x.dtype)
-        prepared, tensor = self._prepared, self._extras
+        prepared = self._prepared
         assert prepared is not None, "prepared above"
-        bias = self._buffers["bias"]  # an attribute of a module takes longer to find
-        if tensor is None:
-            y = prepared(x, bias)
-        else:
-            y = _with_extras(prepared.execution, tensor, x.reshape(-1, self.in_features), bias)
-            y = y.view(*x.shape[:-1], self.out_features)
+        y = prepared(x, self._buffers["bias"])  # an attribute of a module takes longer to find
         if self._prepared_for is None:
-            self._prepared = self._extras = None
+            self._prepared = None
         return y
 
     def _traced(self, x: Tensor) -> Tensor:
         """Do what `forward` does, in few steps for the compiler that traces them."""
         self._prepare_while_tracing(x.device, x.dtype)
-        prepared, tensor = self._prepared, self._extras
-        assert prepared is not None, "prepared above"
-        rows = x.reshape(-1, self.in_features)
-        bias = cast(Tensor | None, self.bias)
-        if tensor is None:
-            y = prepared.execution.traced_linear(rows, bias, x.dtype)
-        else:
-            y = _with_extras(prepared.execution, tensor, rows, bias)
-        return y.view(*x.shape[:-1], self.out_features)
+        assert self._prepared is not None, "prepared above"
+        return self._prepared.traced(x, cast(Tensor | None, self.bias))
 
     def stamp(self) -> tuple[object, ...]:
         """Return what tells whether weight, bias or forced kernel have changed."""
@@ -214,7 +201,7 @@ class QuantizedLinear(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         """Leave out what belongs to this process."""
-        return {**self.__dict__, "_prepared": None, "_extras": None, "_prepared_for": None}
+        return {**self.__dict__, "_prepared": None, "_prepared_for": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Prepare anew when called, maybe on a machine with other devices."""
@@ -261,7 +248,7 @@ class QuantizedLinear(nn.Module):
         """Drop what `_prepare` made; a compiled graph that holds it is traced again."""
         if self.shared is not None:
             self.shared.forget()
-        self._prepared = self._extras = None
+        self._prepared = None
         self._prepared_for = None
 
     def _prepare(self, device: torch.device, dtype: torch.dtype) -> None:
@@ -272,10 +259,11 @@ class QuantizedLinear(nn.Module):
         execution = self._make_execution(device, dtype).prepared(tensor)
         if not execution.reads_stored:
             self.release(device)
+        extras = None
         if self.layout.extras:
             delta = None if execution.adds_delta else tensor.delta
-            self._extras = replace(tensor, packed=self.get_buffer("packed"), parameters=Parameters(), delta=delta)
-        self._prepared = Prepared(execution, self.in_features, self.out_features)
+            extras = replace(tensor, packed=self.get_buffer("packed"), parameters=Parameters(), delta=delta)
+        self._prepared = Prepared(execution, self.in_features, self.out_features, extras)
         self._prepared_for = None if is_brought(self) else self._key(device, dtype)
 
     def _key(self, device: torch.device, dtype: torch.dtype) -> tuple[object, ...]:
@@ -299,14 +287,3 @@ class QuantizedLinear(nn.Module):
         return make_execution(
             self.tensor, self.layout.activations, force=self.force, dtype=dtype, device=device, name=self.name
         )
-
-
-def _with_extras(execution: Execution, tensor: QuantizedTensor, x: Tensor, bias: Tensor | None) -> Tensor:
-    """Return y of a weight with a delta or maps, summed in float32 and rounded once."""
-    inputs = x if tensor.input_map is None else tensor.input_map.apply(x)
-    y = execution.linear(inputs, None, torch.float32)
-    if tensor.delta is not None and not execution.adds_delta:
-        y = y + tensor.delta.matmul(inputs, tensor.shape[0])
-    if tensor.output_map is not None:
-        y = tensor.output_map.apply(y)
-    return (y if bias is None else y + bias.float()).to(x.dtype)
