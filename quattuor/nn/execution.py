@@ -22,7 +22,7 @@ from quattuor.kernels import lut_linear, w4a8_linear, w4a16_linear
 from quattuor.kernels.dispatch import LinearProblem, Operand, Row, describe_device
 from quattuor.quantized_tensor import QuantizedTensor
 
-__all__ = ["Execution", "IntegerExecution", "make_execution", "reason_against_execution"]
+__all__ = ["Execution", "IntegerExecution", "Product", "make_execution", "reason_against_execution"]
 
 
 def reason_against_execution(
@@ -39,7 +39,19 @@ def reason_against_execution(
     return "an integer product needs symmetric Integer per channel or tensor, or TwoLevelInteger per group"
 
 
-class Execution(ABC):
+class Product(ABC):
+    """Computes outputs from tokens."""
+
+    @abstractmethod
+    def linear(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        """Return [M, N] for x [M, K]."""
+
+    def traced_linear(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
+        """Return what `linear` does, in few steps for the compiler that traces them."""
+        return self.linear(x, bias, out_dtype)
+
+
+class Execution(Product):
     """Computes x @ (decoded codes).T (+ bias), once `prepared`; maps are the module's, and mostly deltas."""
 
     @property
@@ -55,14 +67,6 @@ class Execution(ABC):
     @abstractmethod
     def prepared(self, tensor: QuantizedTensor) -> "Execution":
         """Return the same choice with the weight laid out for it."""
-
-    @abstractmethod
-    def linear(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-        """Return [M, N] for x [M, K]."""
-
-    def traced_linear(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
-        """Return what `linear` does, in few steps for the compiler that traces them."""
-        return self.linear(x, bias, out_dtype)
 
     @abstractmethod
     def explain(self) -> list[Row]:

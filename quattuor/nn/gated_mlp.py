@@ -21,15 +21,14 @@ from transformers import PreTrainedModel
 from transformers.activations import ACT2FN
 
 from quattuor.activations import DynamicQuantizer
-from quattuor.kernels.dispatch import Row, is_plain_call
+from quattuor.kernels.dispatch import is_plain_call
 from quattuor.kernels.token_quantize import silu_mul_quantize
 from quattuor.models import DESCRIPTIONS
 from quattuor.models.description import Mlp
-from quattuor.nn.execution import Execution, IntegerExecution
+from quattuor.nn.execution import IntegerExecution, Product
 from quattuor.nn.linear import QuantizedLinear
 from quattuor.nn.prepared import Prepared
 from quattuor.nn.shared_product import SharedProduct
-from quattuor.quantized_tensor import QuantizedTensor
 
 __all__ = ["GatedMlp", "join_gates"]
 
@@ -71,7 +70,7 @@ def _rebuild(original: type[nn.Module]) -> GatedMlp:
 
 
 @dataclass(frozen=True, slots=True)
-class _GatedProducts(Execution):
+class _GatedProducts(Product):
     """Both products of a module, and what lies between them.
 
     Args:
@@ -80,13 +79,9 @@ class _GatedProducts(Execution):
         down: Computes the output.
     """
 
-    gate_up: Execution
+    gate_up: Product
     bias: Tensor | None
     down: IntegerExecution
-
-    def prepared(self, tensor: QuantizedTensor) -> "_GatedProducts":
-        """Refuse: both parts are prepared already."""
-        raise AssertionError("made of prepared executions")
 
     def linear(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """Multiply, gate and quantize, multiply."""
@@ -95,10 +90,6 @@ class _GatedProducts(Execution):
         half = both.shape[1] // 2
         codes, scale = silu_mul_quantize(both[:, :half], both[:, half:])
         return self.down.plan.linear(codes, scale, self.down.operand, bias, out_dtype)
-
-    def explain(self) -> list[Row]:
-        """Return the table of the second product."""
-        return self.down.explain()
 
 
 class _Gated:

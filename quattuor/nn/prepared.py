@@ -8,7 +8,7 @@ from torch import Tensor
 
 from quattuor.kernels.dispatch import is_plain_call
 from quattuor.kernels.replay import Replays
-from quattuor.nn.execution import Execution
+from quattuor.nn.execution import Product
 from quattuor.quantized_tensor import QuantizedTensor
 
 __all__ = ["Prepared"]
@@ -25,7 +25,7 @@ class Prepared:
         extras: Holds the delta and the maps beside the codes; None when there are none.
     """
 
-    execution: Execution
+    execution: Product
     in_features: int
     out_features: int
     extras: QuantizedTensor | None = None

@@ -290,10 +290,11 @@ def test_a_gradient_takes_the_modules_own_path(x, monkeypatch):
     assert calls == []
 
 
-def test_a_loaded_model_is_joined_and_saves_what_it_was(tmp_path):
+@pytest.mark.parametrize("device_map", [None, {"": "cpu"}], ids=str)
+def test_a_loaded_model_is_joined_and_saves_what_it_was(device_map, tmp_path):
     model = packed()
     model.save_pretrained(tmp_path / "first")
-    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "first")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "first", device_map=device_map)
     assert isinstance(mlp_of(loaded), GatedMlp)
     with torch.no_grad():
         assert torch.equal(loaded(TOKENS).logits, model(TOKENS).logits)
