@@ -83,7 +83,7 @@ def table_layer(num_tokens: int) -> Call:
         **describe_device("cuda"),
     )
     codes = torch.randint(0, 16, (OUT_FEATURES, IN_FEATURES), dtype=torch.uint8, device="cuda")
-    plan = lut_linear.plan(problem, force="triton")
+    plan = lut_linear.plan(problem, force="lanes")
     operand = plan.prepare(codes, torch.rand(OUT_FEATURES, 1, 16, device="cuda").half())
     x = torch.randn(num_tokens, IN_FEATURES, dtype=torch.float16, device="cuda")
     return lambda: plan.linear(x, operand)
@@ -102,7 +102,7 @@ CASES: dict[str, Callable[[], Call]] = {
     "w8a8_triton_1024_tokens": partial(integer_layer, 1024, 8, None, "triton"),
     "w4a16_triton_group128_1_token": partial(float_layer, 1, 128),
     "w4a16_triton_group128_1024_tokens": partial(float_layer, 1024, 128),
-    "lut_triton_1_token": partial(table_layer, 1),
+    "lut_lanes_1_token": partial(table_layer, 1),
 }
 
 

@@ -111,17 +111,38 @@ def float_products() -> None:
 
 
 def table_products() -> None:
-    """Compare layers with look-up tables with the reference."""
-    for kind, bits, group_size in (("codebook", 4, None), ("codebook", 3, 64), ("planes", 3, 128)):
+    """Compare layers with look-up tables with the reference; an entry in every row is kept apart."""
+    for kind, bits, group_size in (
+        ("codebook", 4, None),
+        ("codebook", 3, 64),
+        ("planes", 3, 128),
+        ("planes", 2, None),
+    ):
+        is_whole = group_size is None
         problem = LutProblem(
-            out_features=OUT_FEATURES, in_features=IN_FEATURES, weight_bits=bits, kind=kind, group_size=group_size
+            out_features=OUT_FEATURES,
+            in_features=IN_FEATURES,
+            weight_bits=bits,
+            kind=kind,
+            group_size=group_size,
+            offset=kind == "planes",
+            sparse=is_whole,
         )
         codes = torch.randint(0, 2**bits, (OUT_FEATURES, IN_FEATURES), dtype=torch.uint8)
         table = torch.randn(OUT_FEATURES, problem.num_groups, problem.table_size).half()
+        offset = torch.randn(OUT_FEATURES, problem.num_groups).half() if problem.offset else None
+        columns = torch.randint(IN_FEATURES, (OUT_FEATURES,), dtype=torch.int16)
+        entries = torch.arange(OUT_FEATURES + 1, dtype=torch.int32), columns, torch.randn(OUT_FEATURES).half()
         exact = lut_linear.plan(problem, force="reference")
-        plan = lut_linear.plan(replace(problem, **describe_device("cuda")), force="triton")
-        exact_operand, operand = exact.prepare(codes, table), plan.prepare(codes.cuda(), table.cuda())
-        for num_tokens in (3, 40, 130):
+        plan = lut_linear.plan(replace(problem, **describe_device("cuda")), force="lanes")
+        exact_operand = exact.prepare(codes, table, offset, entries if is_whole else None)
+        operand = plan.prepare(
+            codes.cuda(),
+            table.cuda(),
+            None if offset is None else offset.cuda(),
+            tuple(tensor.cuda() for tensor in entries) if is_whole else None,
+        )
+        for num_tokens in (1, 3, 40, 130):
             x = torch.randn(num_tokens, IN_FEATURES).half()
             assert_close(plan.linear(x.cuda(), operand), exact.linear(x, exact_operand), problem)
 
@@ -167,7 +188,7 @@ CASES: dict[str, Callable[[], None]] = {
     "w8a8_triton": partial(integer_products, "triton", ((8, None, False),)),
     "w8a8_triton_zero_point": partial(integer_products, "triton", ((8, None, False), (4, 128, True)), True),
     "w4a16_triton": float_products,
-    "lut_triton": table_products,
+    "lut_lanes": table_products,
     "token_quantize_triton": quantizations,
     "specialized_warps": specialized_warps,
     "planted": planted,

@@ -117,7 +117,7 @@ def test_a_plan_for_another_device_is_refused(request, name):
 
 @pytest.mark.parametrize(
     ("name", "implementation"),
-    [("w4a8_linear", "gluon"), ("w8a8_linear", "gluon"), ("w4a16_linear", "triton"), ("lut_linear", "triton")],
+    [("w4a8_linear", "gluon"), ("w8a8_linear", "gluon"), ("w4a16_linear", "triton"), ("lut_linear", "lanes")],
 )
 def test_unsupported_groups_are_refused_when_the_layer_is_planned(no_launch, name, implementation):
     case = cases()[name]

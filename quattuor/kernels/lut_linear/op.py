@@ -20,18 +20,18 @@ from quattuor.kernels.dispatch import (
     is_plain_call,
 )
 from quattuor.kernels.layer import check_call, prepare_layouts, select
+from quattuor.kernels.lut_linear.decoded import Decoded
 from quattuor.kernels.lut_linear.lanes import Lanes
 from quattuor.kernels.lut_linear.problem import TABLE_DTYPES, LutProblem
 from quattuor.kernels.lut_linear.reference import Float32, Reference
 from quattuor.kernels.lut_linear.tables import Tables
-from quattuor.kernels.lut_linear.triton import Decoded, Triton
 
 __all__ = ["IMPLEMENTATIONS", "Plan", "plan"]
 
 PLACE = "lut_linear"
 
 #: Fastest first; the reference supports every legal problem.
-IMPLEMENTATIONS: tuple[Implementation, ...] = (Lanes(), Triton(), Decoded(), Float32(), Tables(), Reference())
+IMPLEMENTATIONS: tuple[Implementation, ...] = (Lanes(), Decoded(), Float32(), Tables(), Reference())
 BY_NAME = {implementation.name: implementation for implementation in IMPLEMENTATIONS}
 
 

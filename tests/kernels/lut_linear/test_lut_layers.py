@@ -35,7 +35,7 @@ def test_every_implementation_computes_the_decoded_weight(
         assert {row.implementation for row in layer.explain() if row.is_chosen} == {name}
         torch.testing.assert_close(layer(x).double(), expected, rtol=1e-4, atol=1e-4)
     with pytest.raises(UnsupportedError, match="runs on CUDA devices"):
-        layer.use_kernel("triton")
+        layer.use_kernel("lanes")
 
 
 def test_single_entries_are_added_once(generator: torch.Generator) -> None:

@@ -81,9 +81,9 @@ def test_plan_says_why() -> None:
     plan = lut_linear.plan(LutProblem(**fields))
     assert plan.implementation(1) == "float32"
     reasons = {row.implementation: row.reason for row in plan.explain()}
-    assert "CUDA" in reasons["triton"]
+    assert "CUDA" in reasons["lanes"]
     assert "planes" in reasons["tables"]
-    assert lut_linear.plan(LutProblem(**fields, **cuda), force="triton").implementation(1) == "triton"
+    assert lut_linear.plan(LutProblem(**fields, **cuda), force="lanes").implementation(1) == "lanes"
     with pytest.raises(UnsupportedError, match="more memory than the layer"):
         lut_linear.plan(LutProblem(**fields, **cuda), force="float32")
     with pytest.raises(UnsupportedError, match="multiple of 8, not 12"):

@@ -8,10 +8,9 @@ import triton.language as tl
 from torch import Tensor
 
 from quattuor.kernels.launch import launcher
-from quattuor.kernels.lut_linear.decode_kernel import CHUNK, add_entries_kernel
+from quattuor.kernels.lut_linear.decode_kernel import add_entries
 from quattuor.kernels.lut_linear.lanes.instructions import ONCE, load_words, permute, selectors, shift_right
-from quattuor.kernels.lut_linear.lanes.layout import TILE_ROWS
-from quattuor.kernels.lut_linear.layout import ONE_GROUP
+from quattuor.kernels.lut_linear.lanes.layout import ONE_GROUP, TILE_ROWS
 from quattuor.kernels.lut_linear.problem import LutProblem
 
 __all__ = ["decode_kernel", "decode_rows"]
@@ -151,8 +150,4 @@ def decode_rows(
         ASM=not interpret,
         num_warps=WARPS,
     )
-    if "values" in operand:
-        row_offsets = operand["row_offsets"][first_row:]
-        launcher(add_entries_kernel, (len(out),))(
-            row_offsets, operand["columns"], operand["values"], out, problem.in_features, CHUNK=CHUNK, num_warps=1
-        )
+    add_entries(operand, first_row, out)

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The operation on weights in the order of lanes: which problems it takes, and the warps of a program."""
+"""The operation on weights in the order of lanes: problems it takes, and the kernel for a count of tokens."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,16 +7,24 @@ import torch
 from torch import Tensor
 
 from quattuor.kernels.dispatch import Implementation, TokenRange
-from quattuor.kernels.lut_linear.lanes.layout import BLOCK_K, STEP_K, TILE_ROWS, prepare_lanes
-from quattuor.kernels.lut_linear.layout import MAX_LOOK_UP_BITS
-from quattuor.kernels.lut_linear.problem import LutProblem
-from quattuor.kernels.lut_linear.triton import MANY_TOKENS, STORED_BITS, reason_against, rows_at_once
+from quattuor.kernels.lut_linear.decoded import linear_rows, reason_against
+from quattuor.kernels.lut_linear.lanes.layout import (
+    BLOCK_K,
+    HALF_STEP_K,
+    MAX_LOOK_UP_BITS,
+    STEP_K,
+    TILE_ROWS,
+    prepare_lanes,
+)
+from quattuor.kernels.lut_linear.problem import PACKED_BITS, LutProblem
 from quattuor.kernels.w4a8_linear.triton import processors
 
 __all__ = ["Lanes", "choose_warps"]
 
-#: Warps that keep a multiprocessor busy; fewest and most of a program.
+#: Warps that keep a multiprocessor busy; fewest and most of a program that share the blocks of K.
 WARPS_OF_PROCESSOR, MIN_WARPS, MAX_WARPS = 16, 2, 8
+#: Up to here the products unpack the weight; beyond, it is decoded once.
+MAX_BATCH = 64
 
 
 def choose_warps(problem: LutProblem, num_processors: int) -> int:
@@ -30,23 +38,29 @@ def choose_warps(problem: LutProblem, num_processors: int) -> int:
     return num_warps
 
 
+def takes_bytes(problem: LutProblem) -> bool:
+    """Return whether one token meets the weight as bytes: a product takes 32 elements of one group."""
+    return problem.group_size is None or problem.group_size % STEP_K == 0
+
+
 class Lanes(Implementation):
-    """Bytes of codes times four bytes of each activation, summed as integers; decoded for more tokens."""
+    """Bytes of codes times four bytes of one token, float16 weights times a batch; decoded for more tokens."""
 
     name = "lanes"
     layout = "lanes"
-    stored_bits = STORED_BITS
+    stored_bits = PACKED_BITS
 
     def supports(self, problem: LutProblem) -> str | None:
         if problem.kind == "codebook" and problem.weight_bits > MAX_LOOK_UP_BITS:
             return f"holds at most {2**MAX_LOOK_UP_BITS} entries in registers, not {2**problem.weight_bits}"
-        if problem.group_size and problem.group_size % STEP_K:
-            return f"needs a group size that is a multiple of {STEP_K}, not {problem.group_size}"
+        if problem.group_size and problem.group_size % HALF_STEP_K:
+            return f"needs a group size that is a multiple of {HALF_STEP_K}, not {problem.group_size}"
+        if problem.kind == "codebook" and problem.table_dtype != torch.float16:
+            return "looks up float16 entries, not float32 ones"
         return reason_against(problem)
 
-    def declines(self, problem: LutProblem, tokens: TokenRange) -> str | None:
-        # Interpreter and assembly checks are no proof: what never ran on a device is not chosen silently.
-        return "has not run on a GPU in this form; force it to try it"
+    def remark(self, problem: LutProblem, tokens: TokenRange) -> str:
+        return f"decodes 64 MiB of rows at a time beyond {MAX_BATCH} tokens" if tokens.first > MAX_BATCH else ""
 
     def prepare(self, problem: LutProblem, *tensors: Tensor | None) -> dict[str, Tensor]:
         return prepare_lanes(problem, *tensors)
@@ -59,9 +73,8 @@ class Lanes(Implementation):
         bias: Tensor | None,
         out_dtype: torch.dtype,
     ) -> Tensor:
-        from quattuor.kernels.lut_linear.decode_kernel import linear_rows
+        from quattuor.kernels.lut_linear.lanes import batch_kernel, token_kernel
         from quattuor.kernels.lut_linear.lanes.decode_kernel import decode_rows
-        from quattuor.kernels.lut_linear.lanes.product_kernel import launch
 
         (x,) = inputs
         out = torch.empty(x.shape[0], problem.out_features, dtype=out_dtype, device=x.device)
@@ -70,9 +83,13 @@ class Lanes(Implementation):
         x = x if x.stride(1) == 1 else x.contiguous()
         bias = bias if bias is None else bias.contiguous()
         with torch.cuda.device_of(x):
-            if x.dtype == torch.float32 or x.shape[0] >= MANY_TOKENS:
-                linear_rows(problem, x, operand, bias, out, rows_at_once(problem, x), decode=decode_rows)
+            num_warps = choose_warps(problem, processors(x.device)[0])
+            if x.dtype == torch.float32 or len(x) > MAX_BATCH:
+                linear_rows(problem, x, operand, bias, out, decode=decode_rows)
+            elif len(x) == 1 and takes_bytes(problem):
+                token_kernel.launch(problem, x, operand, bias, out, num_warps=num_warps)
             else:
-                num_warps = choose_warps(problem, processors(x.device)[0])
-                launch(problem, x, operand, bias, out, num_warps=num_warps)
+                batch_kernel.launch(
+                    problem, x, operand, bias, out, row_warps=MAX_WARPS // num_warps, k_warps=num_warps
+                )
         return out

@@ -7,7 +7,17 @@ With ASM the functions are inline assembly; without, arithmetic with the same re
 import triton
 import triton.language as tl
 
-__all__ = ["ONCE", "SHARED", "load_words", "multiply", "permute", "selectors", "shift_right"]
+__all__ = [
+    "ONCE",
+    "SHARED",
+    "add_pairs",
+    "load_words",
+    "multiply",
+    "multiply_pairs",
+    "permute",
+    "selectors",
+    "shift_right",
+]
 
 
 # How words are loaded: those that no other program reads, and those that other warps read as well.
@@ -71,6 +81,62 @@ def multiply(a0, a1, a2, a3, b0, b1, c, ASM: tl.constexpr):
         s0, s1 = row_products(a0, a2, b0, b1, a0.shape[0] // 32)
         s2, s3 = row_products(a1, a3, b0, b1, a0.shape[0] // 32)
         result = c0 + s0, c1 + s1, c2 + s2, c3 + s3
+    return result
+
+
+@triton.jit
+def halves(word):
+    """The two float16 numbers of each word, [lanes, 2], as float32."""
+    pair = word[:, None] >> (16 * tl.arange(0, 2))[None, :]
+    return pair.to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+
+
+@triton.jit
+def pair_products(first, second, b0, b1, WARPS: tl.constexpr):
+    """Two neighbouring columns of eight rows of a product of float16 pairs, for each lane."""
+    a_low = tl.reshape(halves(first), (WARPS, 8, 1, 8))
+    a_high = tl.reshape(halves(second), (WARPS, 8, 1, 8))
+    b_low = tl.reshape(halves(b0), (WARPS, 1, 8, 8))
+    b_high = tl.reshape(halves(b1), (WARPS, 1, 8, 8))
+    total = tl.sum(a_low * b_low + a_high * b_high, axis=3)
+    return tl.split(tl.reshape(total, (WARPS * 32, 2)))
+
+
+@triton.jit
+def multiply_pairs(a, b0, b1, c, ASM: tl.constexpr):
+    """c + A [16, 16] @ B [16, 8] for each warp, float16 and float32 sums, in the lanes of `mma.m16n8k16`."""
+    a0, a1, a2, a3 = a
+    c0, c1, c2, c3 = c
+    if ASM:
+        result = tl.inline_asm_elementwise(
+            "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 "
+            "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+            "=f,=f,=f,=f,r,r,r,r,r,r,f,f,f,f",
+            [a0, a1, a2, a3, b0, b1, c0, c1, c2, c3],
+            dtype=(tl.float32, tl.float32, tl.float32, tl.float32),
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        s0, s1 = pair_products(a0, a2, b0, b1, a0.shape[0] // 32)
+        s2, s3 = pair_products(a1, a3, b0, b1, a0.shape[0] // 32)
+        result = c0 + s0, c1 + s1, c2 + s2, c3 + s3
+    return result
+
+
+@triton.jit
+def add_pairs(a, b, ASM: tl.constexpr):
+    """Sums of two float16 numbers in each word, rounded to float16."""
+    if ASM:
+        result = tl.inline_asm_elementwise(
+            "add.rn.f16x2 $0, $1, $2;", "=r,r,r", [a, b], dtype=tl.int32, is_pure=True, pack=1
+        )
+    else:
+        low = a.to(tl.int16).to(tl.float16, bitcast=True) + b.to(tl.int16).to(tl.float16, bitcast=True)
+        first, second = (a >> 16).to(tl.int16), (b >> 16).to(tl.int16)
+        high = first.to(tl.float16, bitcast=True) + second.to(tl.float16, bitcast=True)
+        bits = high.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) << 16
+        result = bits | (low.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) & 0xFFFF)
     return result
 
 

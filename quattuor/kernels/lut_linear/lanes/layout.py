@@ -19,11 +19,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from quattuor.kernels.lut_linear.layout import byte_tables
 from quattuor.kernels.lut_linear.problem import LutProblem
 
 __all__ = [
     "BLOCK_K",
+    "HALF_STEP_K",
+    "LARGEST_ENTRY",
+    "MAX_LOOK_UP_BITS",
+    "ONE_GROUP",
     "STEP_K",
     "TILE_ROWS",
     "pack_codes",
@@ -34,6 +37,11 @@ __all__ = [
 TILE_ROWS = 16
 BLOCK_K = 256
 STEP_K = 32
+HALF_STEP_K = 16
+#: Group size of a kernel where a row is one group: whole rows compile to one kernel, whatever K is.
+ONE_GROUP = 1 << 30
+#: Bits of the largest codebook that registers hold.
+MAX_LOOK_UP_BITS = 4
 STEPS = BLOCK_K // STEP_K
 #: The largest entry of a codebook as an integer: two signed bytes, of which the larger leaves room for a carry.
 LARGEST_ENTRY = 126 * 256
@@ -135,6 +143,14 @@ def limb_tables(table: Tensor) -> tuple[Tensor, Tensor]:
     stacked = to_int32(torch.stack(registers, dim=-1))  # group, row, register
     by_tile = stacked.view(groups, rows // TILE_ROWS, 2, 8, 8).permute(1, 0, 3, 2, 4)
     return by_tile.contiguous(), scale
+
+
+def byte_tables(table: Tensor) -> Tensor:
+    """Split float16 entries [G, N, 2^b] into int32 [G, 8, N]: four registers of low bytes, four of high ones."""
+    bits = pad(table.view(torch.int16), (0, 16 - table.shape[2])).to(torch.int32)
+    halves = torch.stack((bits & 255, (bits >> 8) & 255), dim=2).unflatten(3, (4, 4))
+    shifts = torch.arange(4, dtype=torch.int32, device=table.device) * 8
+    return (halves << shifts).sum(dim=-1, dtype=torch.int32).flatten(2).transpose(1, 2).contiguous()
 
 
 def prepare_lanes(

@@ -14,7 +14,7 @@ from quattuor.kernels.lut_linear.lanes.instructions import (
     shift_right,
 )
 
-__all__ = ["add_entries_step", "add_planes_step", "load_block", "load_table", "load_tokens", "start_sums"]
+__all__ = ["add_entries_step", "add_planes_step", "load_block", "load_table", "load_token", "start_sums"]
 
 
 @triton.jit
@@ -28,11 +28,11 @@ def load_block(weight, block, NUM_BLOCKS, BITS: tl.constexpr, ASM: tl.constexpr)
 
 
 @triton.jit
-def load_tokens(operand, stride, PAIR: tl.constexpr, TILES: tl.constexpr, ASM: tl.constexpr):
-    """Bytes of the tokens for two steps: four words for each tile."""
+def load_token(operand, ASM: tl.constexpr):
+    """Bytes of the token for a block: two words for each step. Columns 4 .. 7 of a product repeat 0 .. 3."""
     words = ()
-    for tile in tl.static_range(TILES):
-        words += load_words(operand + PAIR * stride + tile * 128, SHARED, ASM)
+    for pair in tl.static_range(4):
+        words += load_words(operand + pair * 64, SHARED, ASM)
     return words
 
 
@@ -53,21 +53,19 @@ def start_sums(value, COUNT: tl.constexpr):
 
 
 @triton.jit
-def add_planes_step(
-    sums, words, tokens, STEP: tl.constexpr, BITS: tl.constexpr, TILES: tl.constexpr, ASM: tl.constexpr
-):
+def add_planes_step(sums, words, token, STEP: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
     """Add one step of every plane: a masked byte is an integer, 0 or 2^STEP, and -128 or 0 for bit 7."""
     MASK: tl.constexpr = -0x7F7F7F80 if STEP == 7 else 0x01010101 << STEP
     result = ()
-    for index in tl.static_range(TILES * BITS):
+    for plane in tl.static_range(BITS):
         part = multiply(
-            words[4 * (index % BITS)] & MASK,
-            words[4 * (index % BITS) + 1] & MASK,
-            words[4 * (index % BITS) + 2] & MASK,
-            words[4 * (index % BITS) + 3] & MASK,
-            tokens[4 * (index // BITS) + 2 * (STEP % 2)],
-            tokens[4 * (index // BITS) + 2 * (STEP % 2) + 1],
-            sums[index],
+            words[4 * plane] & MASK,
+            words[4 * plane + 1] & MASK,
+            words[4 * plane + 2] & MASK,
+            words[4 * plane + 3] & MASK,
+            token[2 * STEP],
+            token[2 * STEP + 1],
+            sums[plane],
             ASM,
         )
         result += (part,)
@@ -75,9 +73,7 @@ def add_planes_step(
 
 
 @triton.jit
-def add_entries_step(
-    sums, words, table, tokens, STEP: tl.constexpr, BITS: tl.constexpr, TILES: tl.constexpr, ASM: tl.constexpr
-):
+def add_entries_step(sums, words, table, token, STEP: tl.constexpr, BITS: tl.constexpr, ASM: tl.constexpr):
     """Add one step of the high and of the low bytes of entries; of sixteen entries each half adds its part."""
     s0 = selectors(words, STEP, 0, BITS)
     s1 = selectors(words, STEP, 1, BITS)
@@ -89,26 +85,26 @@ def add_entries_step(
         u1 = s1 ^ -0x77777778
         u2 = shift_right(u0, 16)
         u3 = shift_right(u1, 16)
+    b0 = token[2 * STEP]
+    b1 = token[2 * STEP + 1]
     result = ()
-    for index in tl.static_range(TILES * 2):
-        b0 = tokens[4 * (index // 2) + 2 * (STEP % 2)]
-        b1 = tokens[4 * (index // 2) + 2 * (STEP % 2) + 1]
+    for byte in tl.static_range(2):
         total = multiply(
-            permute(table[4 * (index % 2)], table[4 * (index % 2) + 1], s0, ASM),
-            permute(table[4 * (index % 2) + 8], table[4 * (index % 2) + 9], s1, ASM),
-            permute(table[4 * (index % 2)], table[4 * (index % 2) + 1], s2, ASM),
-            permute(table[4 * (index % 2) + 8], table[4 * (index % 2) + 9], s3, ASM),
+            permute(table[4 * byte], table[4 * byte + 1], s0, ASM),
+            permute(table[4 * byte + 8], table[4 * byte + 9], s1, ASM),
+            permute(table[4 * byte], table[4 * byte + 1], s2, ASM),
+            permute(table[4 * byte + 8], table[4 * byte + 9], s3, ASM),
             b0,
             b1,
-            sums[index],
+            sums[byte],
             ASM,
         )
         if BITS == 4:
             total = multiply(
-                permute(table[4 * (index % 2) + 2], table[4 * (index % 2) + 3], u0, ASM),
-                permute(table[4 * (index % 2) + 10], table[4 * (index % 2) + 11], u1, ASM),
-                permute(table[4 * (index % 2) + 2], table[4 * (index % 2) + 3], u2, ASM),
-                permute(table[4 * (index % 2) + 10], table[4 * (index % 2) + 11], u3, ASM),
+                permute(table[4 * byte + 2], table[4 * byte + 3], u0, ASM),
+                permute(table[4 * byte + 10], table[4 * byte + 11], u1, ASM),
+                permute(table[4 * byte + 2], table[4 * byte + 3], u2, ASM),
+                permute(table[4 * byte + 10], table[4 * byte + 11], u3, ASM),
                 b0,
                 b1,
                 total,
