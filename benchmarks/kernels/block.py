@@ -6,8 +6,8 @@
 A block is query-key-value, attention output, gate and up, and down; before each the input is quantized as a model
 needs it: norm and residual, plain, norm and residual, gated activation. `part` is "products" (inputs quantized
 beforehand), "quantization" (nothing multiplied), "block" (both, as a chain in which each waits for the one before)
-or "cublas_fp16" (the four products of float16, nothing else). Blocks follow each other in one CUDA graph, each with
-weights of its own, so that they are cold.
+or "cublas_fp16" (the four products of float16, nothing else). Blocks follow each other in one CUDA graph, with
+weights of their own, so that they are cold.
 """
 
 import argparse
