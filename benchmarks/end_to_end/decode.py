@@ -15,6 +15,7 @@ transformers, and the same executions:
 
 import argparse
 import copy
+import gc
 import json
 import statistics
 import sys
@@ -289,9 +290,13 @@ def measure(
         keep: Called with each row as soon as it is measured.
 
     Returns:
-        Rows of the record. `as_eager` is the part of the tokens that equal those of eager execution.
+        Rows of the record. `as_eager` is the part of the tokens that equal those of eager execution, `memory_mib`
+        what weights, caches and graphs take on the GPU after the runs.
     """
     dtype = torch.float16 if device == "cuda" else torch.float32
+    torch._dynamo.reset()  # programs hold the weights of earlier models
+    gc.collect()
+    before = torch.cuda.memory_allocated()
     model = random_model(name, FORMATS[format_name], device, dtype)
     decoder = Decoder(model, PROMPT_LENGTH + NEW_TOKENS)
     prompt = torch.randint(model.config.vocab_size, (PROMPT_LENGTH,), generator=torch.Generator().manual_seed(0))
@@ -318,6 +323,7 @@ def measure(
                 "tokens_per_s": batch * num_tokens / seconds,
                 "step_ms": 1e3 * seconds / num_tokens,
                 "as_eager": float((tokens[:, :shared] == eager[batch][:, :shared]).float().mean()),
+                "memory_mib": (torch.cuda.memory_allocated() - before) / 2**20 if device == "cuda" else None,
             }
             rows.append(row)
             keep(row)
