@@ -193,14 +193,11 @@ class SharedProduct(OutputSource):
 
     def explain(self, device: torch.device) -> list[Row]:
         """Return which kernel computes the product."""
-        layout = self.members[0].layout
+        layout, in_features = self.members[0].layout, self.members[0].in_features
+        rows = sum(member.out_features for member in self.members)
+        tensor = layout.read(layout.empty_state(rows, in_features, "meta"), rows, in_features, name=self.name)
         return make_execution(
-            self._tensor_on(device),
-            layout.activations,
-            force=None,
-            dtype=torch.float32,
-            device=device,
-            name=self.name,
+            tensor, layout.activations, force=None, dtype=torch.float32, device=device, name=self.name
         ).explain()
 
 

@@ -233,3 +233,12 @@ def test_a_loaded_model_shares_and_saves_what_it_was(tmp_path):
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "second").state_dict()
     assert again.keys() == model.state_dict().keys()
     assert all(torch.equal(again[name], value) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize("quantizer", [CHANNEL, TWO_LEVEL], ids=["channel", "groups"])
+def test_the_product_explains_what_it_runs(quantizer, generator):
+    members = [linear(size, generator, quantizer) for size in (24, 8)]
+    product = SharedProduct(members)
+    members[0](torch.randn(2, K, generator=generator))
+    assert product._prepared is not None
+    assert members[1].explain() == product._prepared[0].execution.explain()
