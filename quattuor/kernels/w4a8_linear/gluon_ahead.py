@@ -107,6 +107,41 @@ def unpack_stage(
 
 
 @gluon.jit
+def issue(acc0, acc1, low, high, x_smem, stage, SPANS: gl.constexpr, MODE: gl.constexpr, layout: gl.constexpr):
+    """Issue the products of both planes of 64 rows with every span of tokens."""
+    span: gl.constexpr = x_smem.shape[1] // SPANS
+    for plane in gl.static_range(2):
+        operand = as_operand(high if plane else low, MODE, layout)
+        x = x_smem.index(2 * stage + plane)
+        acc0 = warpgroup_mma(operand, x.slice(0, span).permute((1, 0)), acc0, is_async=True)
+        if SPANS == 2:
+            acc1 = warpgroup_mma(operand, x.slice(span, span).permute((1, 0)), acc1, is_async=True)
+    return acc0, acc1
+
+
+@gluon.jit
+def unpack_meanwhile(
+    w_smem,
+    group_smem,
+    barriers,
+    step,
+    is_there,
+    first_row: gl.constexpr,
+    CHUNKS: gl.constexpr,
+    STAGES: gl.constexpr,
+    MODE: gl.constexpr,
+    layout: gl.constexpr,
+):
+    """Unpack 64 rows of a stage behind the products issued before, and before what follows."""
+    stage, phase = step % STAGES, step // STAGES & 1
+    mbarrier.wait(barriers.index(stage), phase, pred=is_there)
+    low, high = unpack_stage(w_smem, group_smem, stage, first_row, CHUNKS, MODE, layout)
+    # waiting again takes no time, and the assembler moves no instruction across it
+    mbarrier.wait(barriers.index(stage), phase, pred=is_there)
+    return low, high
+
+
+@gluon.jit
 def multiply_ahead(
     acc0,
     acc1,
@@ -120,6 +155,7 @@ def multiply_ahead(
     is_followed,
     first_row: gl.constexpr,
     CHUNKS: gl.constexpr,
+    BLOCKS: gl.constexpr,
     SPANS: gl.constexpr,
     STAGES: gl.constexpr,
     MODE: gl.constexpr,
@@ -127,20 +163,18 @@ def multiply_ahead(
 ):
     """Add a K block whose words are at hand, and return the words of the block after it, if one follows."""
     stage = step % STAGES
-    span: gl.constexpr = x_smem.shape[1] // SPANS
-    for plane in gl.static_range(2):
-        operand = as_operand(high if plane else low, MODE, layout)
-        x = x_smem.index(2 * stage + plane)
-        acc0 = warpgroup_mma(operand, x.slice(0, span).permute((1, 0)), acc0, is_async=True)
-        if SPANS == 2:
-            acc1 = warpgroup_mma(operand, x.slice(span, span).permute((1, 0)), acc1, is_async=True)
-    after = (step + 1) % STAGES
-    phase = (step + 1) // STAGES & 1
-    mbarrier.wait(barriers.index(after), phase, pred=is_followed)
-    low, high = unpack_stage(w_smem, group_smem, after, first_row, CHUNKS, MODE, layout)
-    # waiting again takes no time, and keeps the assembler from unpacking after the products instead
-    mbarrier.wait(barriers.index(after), phase, pred=is_followed)
-    if SPANS == 2:
+    acc0, acc1 = issue(acc0, acc1, low, high, x_smem, stage, SPANS, MODE, layout)
+    if BLOCKS == 2:
+        low, high = unpack_meanwhile(
+            w_smem, group_smem, barriers, step, True, first_row + 64, CHUNKS, STAGES, MODE, layout
+        )
+        acc1, _ = issue(acc1, acc1, low, high, x_smem, stage, SPANS, MODE, layout)
+        # the products of the first rows are done, and their registers free, when two remain
+        acc0 = warpgroup_mma_wait(2, deps=(acc0,))
+    low, high = unpack_meanwhile(
+        w_smem, group_smem, barriers, step + 1, is_followed, first_row, CHUNKS, STAGES, MODE, layout
+    )
+    if BLOCKS * SPANS == 2:
         acc0, acc1 = warpgroup_mma_wait(0, deps=(acc0, acc1))
     else:
         acc0 = warpgroup_mma_wait(0, deps=(acc0,))

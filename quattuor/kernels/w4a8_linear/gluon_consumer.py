@@ -340,6 +340,7 @@ def consume(
                     is_followed,
                     base,
                     CHUNKS,
+                    BLOCKS,
                     SPANS,
                     STAGES,
                     MODE,

@@ -80,8 +80,27 @@ def estimate(tile: HopperTile, num_tokens: int, problem: LinearProblem, programs
     return total
 
 
+def choose_paired_tile(num_tokens: int, problem: LinearProblem, programs: int) -> HopperTile | None:
+    """Return a tile that runs twice per multiprocessor, where those were the faster ones of up to 64 tokens.
+
+    Up to 16 tokens on layers that give each program six blocks of K; at 64 where one wave of pairs suffices. With
+    float16 scales three stages of 64 tokens are too many for half the shared memory.
+    """
+    paired = {"blocks": 1, "registers": 96, "max_registers": 80, "per_processor": 2}
+    row_tiles = -(-problem.out_features // 128)
+    num_blocks = -(-problem.in_features // BLOCK_K)
+    if num_tokens <= 16 and row_tiles * num_blocks >= 6 * 2 * programs:
+        return HopperTile(**paired, tokens=8 if num_tokens <= 8 else 16, stages=5)
+    if 32 < num_tokens <= 64 and programs < row_tiles <= 2 * programs and mode_of(problem) != "half":
+        return HopperTile(**paired, tokens=64, stages=3, cut="none")
+    return None
+
+
 def choose_hopper_tile(num_tokens: int, problem: LinearProblem, programs: int) -> HopperTile:
     """Return the tile that should be the fastest: the least power of two of up to 64 tokens, or one of four."""
+    paired = choose_paired_tile(num_tokens, problem, programs)
+    if paired is not None:
+        return paired
     if num_tokens <= 64:
         sizes = [(1, max(8, 1 << (num_tokens - 1).bit_length()))]
     else:

@@ -149,6 +149,7 @@ AHEAD = {
     "narrow": HopperTile(blocks=1, tokens=64, stages=6, ahead=True),
     "square": HopperTile(blocks=1, tokens=128, stages=4, ahead=True),
     "wide": HopperTile(blocks=1, tokens=256, spans=2, stages=2, ahead=True),
+    "tall": HopperTile(blocks=2, tokens=128, stages=3, ahead=True),
 }
 
 
@@ -162,18 +163,21 @@ AHEAD = {
         pytest.param("unclamped", "wide", marks=pytest.mark.slow),
         pytest.param("unclamped", "few", marks=pytest.mark.slow),
         pytest.param("half", "square", marks=pytest.mark.slow),
+        pytest.param("channel", "tall", marks=pytest.mark.slow),
+        pytest.param("integer", "tall", marks=pytest.mark.slow),
     ],
 )
 def test_the_next_block_is_unpacked_before_the_products_of_this_one_are_waited_for(mode, name):
     tile = AHEAD[name]
     binary = compile_tile(mode, tile)
-    products = 8 * tile.spans
+    products = 8 * tile.spans * tile.blocks
     assert binary.count("IGMMA") == 2 * products
-    assert binary.count(r"WARPGROUP\.DEPBAR") == 2, "the compiler serialized the products"
+    # one wait for each consumer and 64 rows: more would mean that the compiler serialized the products
+    assert binary.count(r"WARPGROUP\.DEPBAR") == 2 * tile.blocks
     assert binary.shared_bytes <= tile.shared_limit
     lines = binary.sass.splitlines()
     issued = [i for i, line in enumerate(lines) if "IGMMA" in line][products - 1 :: products]
-    waits = [i for i, line in enumerate(lines) if "WARPGROUP.DEPBAR" in line]
+    waits = [i for i, line in enumerate(lines) if "WARPGROUP.DEPBAR" in line][tile.blocks - 1 :: tile.blocks]
     for last_product, wait in zip(issued, waits, strict=True):
         shadow = "\n".join(lines[last_product:wait])
         assert shadow.count("LDSM.16.M88.4") == 4
@@ -207,6 +211,12 @@ def test_tiles_of_unmeasured_layers(mode):
         assert tile.tokens < max(16, 2 * num_tokens)
         assert tile.tokens >= num_tokens or tile.tokens >= 64
         assert tile.shared_bytes(mode_of(problem)) <= tile.shared_limit
+        if tile.per_processor == 2:
+            assert tile.max_registers == 80
+            assert tile.stages == (3 if tile.tokens == 64 else 5)
+    assert choose_hopper_tile(16, large, 132).per_processor == 2, "13 blocks of K for each program"
+    assert choose_hopper_tile(16, small, 132).per_processor == 1, "two blocks"
+    assert choose_hopper_tile(64, large, 132).per_processor == (1 if mode_of(large) == "half" else 2)
     few = choose_hopper_tile(128, small, 132)
     assert (few.tokens, few.cut) == (64, "aligned"), "64 tiles, so that two programs share each"
     assert choose_hopper_tile(256, small, 132).cut == "none", "128 tiles of 64 tokens"

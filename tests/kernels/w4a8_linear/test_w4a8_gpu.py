@@ -71,6 +71,27 @@ def test_sizes(layer, inputs, name, num_tokens, out_features, in_features):
         assert_equal_bits(made, name, x_codes, x_scale, None, torch.float16)
 
 
+@pytest.mark.parametrize(
+    ("out_features", "in_features"),
+    [(6144, 4096), (4096, 14336), (24576, 4096), (7680, 5120), (5120, 2560), (13824, 5120), (5120, 6912)],
+)
+@pytest.mark.parametrize(
+    "scales", [{}, {"group_size": 128, "integer": True}, {"group_size": 128, "clamps": False}]
+)
+def test_served_layers(layer, inputs, out_features, in_features, scales):
+    """Of Llama-3-8B, Qwen3-8B and each half of a layer of 13B, by what a plan chooses."""
+    made = layer(out_features, in_features, **scales, device="cuda")
+    problem = dataclasses.replace(made.problem, **describe_device("cuda"))
+    chosen = w4a8_linear.plan(problem)
+    operand = chosen.prepare(made.codes, made.scale, made.group_scale)
+    exact = w4a8_linear.plan(problem, force="reference")
+    exact_operand = exact.prepare(made.codes, made.scale, made.group_scale)
+    for num_tokens in (1, 33, 129):
+        x_codes, x_scale = inputs(num_tokens, in_features, device="cuda")
+        expected = exact.linear(x_codes, x_scale, exact_operand)
+        assert torch.equal(chosen.linear(x_codes, x_scale, operand), expected), num_tokens
+
+
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("num_tokens", [3, 150])
