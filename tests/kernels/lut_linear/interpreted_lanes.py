@@ -16,13 +16,19 @@ from quattuor.kernels.lut_linear import decode_kernel
 from quattuor.kernels.lut_linear.lanes import batch_kernel, token_kernel
 from quattuor.kernels.lut_linear.lanes.decode_kernel import decode_rows
 from quattuor.kernels.lut_linear.lanes.layout import LARGEST_ENTRY, prepare_lanes
+from quattuor.kernels.lut_linear.lanes.token_kernel import Ahead
 
 #: Layer, shape, warps and blocks loaded ahead.
 TOKEN = [
-    ({"kind": "codebook", "bits": 4, "sparse": True}, (9, 200), 1, 1),
-    ({"kind": "codebook", "bits": 3, "group_size": 96}, (9, 200), 1, 1),
-    ({"kind": "planes", "bits": 2, "group_size": 128, "offset": True}, (9, 900), 2, 2),
-    ({"kind": "planes", "bits": 1, "offset": True, "sparse": True, "table_dtype": torch.float32}, (20, 264), 1, 1),
+    ({"kind": "codebook", "bits": 4, "sparse": True}, (9, 200), 1, Ahead()),
+    ({"kind": "codebook", "bits": 3, "group_size": 96}, (9, 200), 1, Ahead()),
+    ({"kind": "planes", "bits": 2, "group_size": 128, "offset": True}, (9, 900), 2, Ahead(depth=2)),
+    (
+        {"kind": "planes", "bits": 1, "offset": True, "sparse": True, "table_dtype": torch.float32},
+        (20, 264),
+        1,
+        Ahead(2, True),
+    ),
 ]
 #: Layer, shape, tokens and their dtype, warps for rows and for blocks.
 BATCH = [
@@ -61,7 +67,7 @@ def tokens_of(num_tokens: int, in_features: int, dtype: torch.dtype) -> torch.Te
     return (x * torch.logspace(-1, 1, 2 * num_tokens)[:, None]).to(dtype)[::2]
 
 
-def check_token(case: dict[str, object], shape: tuple[int, int], num_warps: int, depth: int) -> None:
+def check_token(case: dict[str, object], shape: tuple[int, int], num_warps: int, schedule: Ahead) -> None:
     """Compare with float64: as close as the reference, but for what the integers that entries become are off."""
     layer = make_layer(*shape, **case)
     x = tokens_of(1, shape[1], torch.float16)
@@ -71,7 +77,7 @@ def check_token(case: dict[str, object], shape: tuple[int, int], num_warps: int,
     exact = x.double() @ layer.weight.T + bias.double()
     out = torch.full((1, shape[0]), torch.nan)
     token_kernel.launch(
-        layer.problem, x, operand_of(layer), bias, out, num_warps=num_warps, depth=depth, interpret=True
+        layer.problem, x, operand_of(layer), bias, out, num_warps=num_warps, schedule=schedule, interpret=True
     )
     error, plain_error = ((result - exact).abs() for result in (out, plain))
     bound = 4 * plain_error.max()

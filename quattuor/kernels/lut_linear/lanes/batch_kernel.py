@@ -15,8 +15,12 @@ from triton.language.extra.cuda import gdc_wait
 from quattuor.kernels.launch import launcher
 from quattuor.kernels.lut_linear.lanes.halves_kernel import TOKENS_OF_COLUMNS, halves_of
 from quattuor.kernels.lut_linear.lanes.instructions import (
+    ONCE,
     SHARED,
     add_pairs,
+    as_numbers,
+    from_lane,
+    load_two_words,
     load_words,
     multiply_pairs,
     permute,
@@ -29,8 +33,8 @@ from quattuor.kernels.lut_linear.problem import LutProblem
 
 __all__ = ["batch_kernel", "launch"]
 
-#: Tokens that a program takes at most, eight in each of its tiles.
-MAX_TILES = 8
+#: Two programs of eight warps on a multiprocessor.
+MAX_REGISTERS = 128
 
 
 @triton.jit
@@ -181,30 +185,54 @@ def joined(sums, TILES: tl.constexpr, ROW_WARPS: tl.constexpr, K_WARPS: tl.const
 
 
 @triton.jit
-def single_entries(
-    transposed, row_offsets, columns, values, row, first, TOKENS, WIDTH: tl.constexpr, CHUNK: tl.constexpr
+def load_entry(columns, values, place, stop):
+    """The column and the value, as bits, of one single entry for each lane; 0 and 0 beyond the end of a row."""
+    k = tl.load(columns + place, mask=place < stop, other=0).to(tl.int32)
+    value = tl.load(values + place, mask=place < stop, other=0.0).to(tl.float32)
+    return k, value.to(tl.int32, bitcast=True)
+
+
+@triton.jit
+def add_entry(
+    sums, transposed, entry, lane, PLACE: tl.constexpr, R: tl.constexpr, TILES: tl.constexpr, ASM: tl.constexpr
 ):
-    """The single entries of each row times WIDTH tokens, [rows, WIDTH]."""
-    start = tl.load(row_offsets + row)
-    stop = tl.load(row_offsets + row + 1)
-    total = tl.zeros((row.shape[0], WIDTH), dtype=tl.float32)
-    token = transposed + first + tl.arange(0, WIDTH)[None, None, :]
-    place = start[:, None] + tl.arange(0, CHUNK)[None, :]
-    k = tl.load(columns + place, mask=place < stop[:, None], other=0).to(tl.int32)
-    value = tl.load(values + place, mask=place < stop[:, None], other=0.0)
-    for _ in range(0, tl.max(stop - start, axis=0), CHUNK):
-        element = tl.load(token + k[:, :, None] * TOKENS).to(tl.float32)
-        factor = value.to(tl.float32)
-        place += CHUNK
-        k = tl.load(columns + place, mask=place < stop[:, None], other=0).to(tl.int32)
-        value = tl.load(values + place, mask=place < stop[:, None], other=0.0)
-        # a token that is not finite must not meet the zero of an absent entry
-        product = tl.where((place - CHUNK < stop[:, None])[:, :, None], element * factor[:, :, None], 0.0)
-        total += tl.sum(product, axis=1)
-    return total
+    """Add entry PLACE of the four that the lanes of each row hold, of rows g + 8 R, times every token."""
+    k, bits = entry
+    column = from_lane(k, PLACE, ASM)
+    value = from_lane(bits, PLACE, ASM).to(tl.float32, bitcast=True)
+    start = transposed + column.to(tl.int64) * (4 * TILES) + lane % 4 * TILES
+    words = ()
+    if TILES >= 4:
+        for load in tl.static_range(TILES // 4):
+            words += load_words(start + 4 * load, SHARED, ASM)
+    elif TILES == 2:
+        words = load_two_words(start, ASM)
+    else:
+        words = (tl.load(start),)
+    result = ()
+    for tile in tl.static_range(TILES):
+        c0, c1, c2, c3 = sums[tile]
+        first, second = as_numbers(words[tile])
+        if R == 0:
+            c0 += value * first
+            c1 += value * second
+        else:
+            c2 += value * first
+            c3 += value * second
+        result += ((c0, c1, c2, c3),)
+    return result
 
 
-@triton.jit(do_not_specialize=["M", "NUM_BLOCKS", "NUM_GROUPS", "ROUNDS", "ALL_TILES"])
+@triton.jit
+def add_entries(sums, transposed, low, high, lane, TILES: tl.constexpr, ASM: tl.constexpr):
+    """Add four single entries of each row times every token; `low` and `high` are what `load_entry` returned."""
+    for place in tl.static_range(4):
+        sums = add_entry(sums, transposed, low, lane, place, 0, TILES, ASM)
+        sums = add_entry(sums, transposed, high, lane, place, 1, TILES, ASM)
+    return sums
+
+
+@triton.jit(do_not_specialize=["M", "NUM_BLOCKS", "NUM_GROUPS", "ROUNDS"])
 def batch_kernel(
     words,
     transposed,
@@ -223,11 +251,10 @@ def batch_kernel(
     NUM_BLOCKS,
     NUM_GROUPS,
     ROUNDS,
-    ALL_TILES,
     ROW_WARPS: tl.constexpr,
     K_WARPS: tl.constexpr,
     TILES: tl.constexpr,
-    CHUNK: tl.constexpr,
+    IN_TURN: tl.constexpr,
     BITS: tl.constexpr,
     PLANES: tl.constexpr,
     UNIT: tl.constexpr,
@@ -238,34 +265,50 @@ def batch_kernel(
     WAITS: tl.constexpr,
     ASM: tl.constexpr,
 ):
-    """Sixteen rows for each of ROW_WARPS times 8 * TILES tokens; K_WARPS take blocks of K in turn."""
+    """Sixteen rows for each of ROW_WARPS times 8 * TILES tokens; K_WARPS take blocks of K in turn.
+
+    IN_TURN loads words of the next block, those of two steps at a time, when those of this block are used up. Four
+    single entries of a row are added with each block, until there are none.
+    """
     lanes = tl.arange(0, ROW_WARPS * K_WARPS * 32)
     warp = lanes // 32
     lane = lanes % 32
     k_warp = warp // ROW_WARPS
     row_tile = tl.minimum(tl.program_id(0) * ROW_WARPS + warp % ROW_WARPS, N_PADDED // 16 - 1)
-    first_tile = tl.program_id(1) * TILES
     row = row_tile * 16 + lane // 4
     weight = packed + row_tile.to(tl.int64) * NUM_BLOCKS * (BITS * 128) + lane * 4
-    ahead = load_block(weight, k_warp, NUM_BLOCKS, BITS, ASM)
+    ahead = load_block(weight + tl.minimum(k_warp, NUM_BLOCKS - 1) * (BITS * 128), BITS, ASM)
     numbers = load_numbers(table, offset, k_warp * 0, row, N_PADDED, NUM_GROUPS, BITS, PLANES, HAS_OFFSET)
+    if HAS_SPARSE:
+        place_low = tl.load(row_offsets + row)
+        place_high = tl.load(row_offsets + row + 8)
+        stop_low = tl.load(row_offsets + row + 1)
+        stop_high = tl.load(row_offsets + row + 9)
+        most = tl.max(tl.maximum(stop_low - place_low, stop_high - place_high), axis=0)
+        place_low += k_warp * 4 + lane % 4
+        place_high += k_warp * 4 + lane % 4
+        low = load_entry(columns, values, place_low, stop_low)
+        high = load_entry(columns, values, place_high, stop_high)
     if WAITS:
         gdc_wait()
-    every = tl.program_id(0) * (ROW_WARPS * 16) + tl.arange(0, ROW_WARPS * 16)
-    side = tl.zeros((ROW_WARPS * 16, 8 * TILES), dtype=tl.float32)
-    if HAS_SPARSE:
-        capped = tl.minimum(every, N_PADDED - 1)
-        side += single_entries(
-            transposed, row_offsets, columns, values, capped, 8 * first_tile, 8 * ALL_TILES, 8 * TILES, CHUNK
-        )
     sums = start_sums(tl.zeros(lanes.shape, dtype=tl.float32), TILES)
     for turn in range(ROUNDS):
         block = turn * K_WARPS + k_warp
+        start = weight + tl.minimum(block + K_WARPS, NUM_BLOCKS - 1) * (BITS * 128)
         here = ahead
-        ahead = load_block(weight, block + K_WARPS, NUM_BLOCKS, BITS, ASM)
-        operand = words + (block * (8 * ALL_TILES) + first_tile) * 128 + lane * 4
+        ahead = ()
+        if not IN_TURN:
+            ahead = load_block(start, BITS, ASM)
+        if HAS_SPARSE:  # noqa: SIM102 (decided when it is compiled)
+            if turn * (4 * K_WARPS) < most:
+                sums = add_entries(sums, transposed, low, high, lane, TILES, ASM)
+                place_low += 4 * K_WARPS
+                place_high += 4 * K_WARPS
+                low = load_entry(columns, values, place_low, stop_low)
+                high = load_entry(columns, values, place_high, stop_high)
+        operand = words + block * (8 * TILES * 128) + lane * 4
         for step in tl.static_range(8):
-            tokens = load_tokens(operand + step * ALL_TILES * 128, TILES, ASM)
+            tokens = load_tokens(operand + step * TILES * 128, TILES, ASM)
             for h in tl.static_range(2):
                 if UNIT > 0 and (step * 32 + h * 16) % UNIT == 0:
                     group = (tl.minimum(block, NUM_BLOCKS - 1) * 256 + step * 32 + h * 16) // GROUP_SIZE
@@ -274,9 +317,19 @@ def batch_kernel(
                     )
                 weights = weights_of(here, numbers, step, h, BITS, PLANES, HAS_OFFSET, ASM)
                 sums = add_half_step(sums, weights, tokens, h, TILES, ASM)
+            if IN_TURN and step % 2 == 1:
+                ahead += load_words(start + step // 2 * 128, ONCE, ASM)
+    if HAS_SPARSE:
+        for _ in range(ROUNDS * (4 * K_WARPS), most, 4 * K_WARPS):
+            sums = add_entries(sums, transposed, low, high, lane, TILES, ASM)
+            place_low += 4 * K_WARPS
+            place_high += 4 * K_WARPS
+            low = load_entry(columns, values, place_low, stop_low)
+            high = load_entry(columns, values, place_high, stop_high)
 
-    token = 8 * first_tile + tl.arange(0, 8 * TILES)
-    y = joined(sums, TILES, ROW_WARPS, K_WARPS) * tl.load(unit + token)[None, :] + side
+    every = tl.program_id(0) * (ROW_WARPS * 16) + tl.arange(0, ROW_WARPS * 16)
+    token = tl.arange(0, 8 * TILES)
+    y = joined(sums, TILES, ROW_WARPS, K_WARPS) * tl.load(unit + token)[None, :]
     if HAS_BIAS:
         y += tl.load(bias + every, mask=every < N, other=0.0).to(tl.float32)[:, None]
     where = out + token[None, :].to(tl.int64) * N + every[:, None]
@@ -292,24 +345,22 @@ def launch(
     *,
     row_warps: int,
     k_warps: int,
-    max_tiles: int = MAX_TILES,
-    maxnreg: int | None = None,
+    in_turn: bool | None = None,
     interpret: bool = False,
 ) -> None:
     """Fill `out` [M, N]; the weight tensors are padded as `prepare_lanes` prepares them.
 
-    `interpret` replaces the inline assembly by arithmetic that Triton's interpreter knows.
+    `in_turn` is chosen by default, see `batch_kernel`. `interpret` replaces the inline assembly by arithmetic that
+    Triton's interpreter knows.
     """
     packed, is_planes = operand["packed"], problem.kind == "planes"
     row_tiles, num_blocks = packed.shape[:2]
     rounds = -(-num_blocks // k_warps)
     starts = problem.compute_capability is not None and problem.compute_capability[0] == 9
-    all_tiles = triton.cdiv(len(x), TOKENS_OF_COLUMNS)
-    tiles = min(triton.next_power_of_2(all_tiles), max_tiles)
-    all_tiles = triton.cdiv(all_tiles, tiles) * tiles
-    halves = halves_of(x, rounds * k_warps, all_tiles, is_transposed=problem.sparse, starts=starts)
+    tiles = triton.next_power_of_2(triton.cdiv(len(x), TOKENS_OF_COLUMNS))
+    halves = halves_of(x, rounds * k_warps, tiles, is_transposed=problem.sparse, starts=starts)
     table = operand["table"]
-    launcher(batch_kernel, (triton.cdiv(row_tiles, row_warps), all_tiles // tiles))(
+    launcher(batch_kernel, (triton.cdiv(row_tiles, row_warps),))(
         halves.words,
         halves.transposed,
         halves.unit,
@@ -327,11 +378,10 @@ def launch(
         num_blocks,
         table.shape[1] if is_planes else table.shape[0],
         rounds,
-        all_tiles,
         ROW_WARPS=row_warps,
         K_WARPS=k_warps,
         TILES=tiles,
-        CHUNK=min(16, max(1, 8 * k_warps // tiles)),
+        IN_TURN=problem.kind == "codebook" and problem.weight_bits == 4 if in_turn is None else in_turn,
         BITS=problem.weight_bits,
         PLANES=is_planes,
         UNIT=unit_of(problem),
@@ -344,5 +394,5 @@ def launch(
         num_warps=row_warps * k_warps,
         num_stages=1,
         launch_pdl=starts,
-        maxnreg=maxnreg,
+        maxnreg=MAX_REGISTERS if tiles > 2 and row_warps * k_warps == 8 else None,
     )

@@ -27,7 +27,7 @@ class Halves:
 
     words       int32 [blocks, 8, tiles, 32, 4]: word 2 h + i of lane 4 g + t holds places i and i + 2 of token g
     unit        float32 [8 * tiles]; NaN for a token with an element that is not finite
-    transposed  [256 * blocks, 8 * tiles] of the tokens' dtype
+    transposed  int32 [256 * blocks, 4, tiles]: word [t, i] of an element holds tokens 8 i + 2 t and the next
     """
 
     words: Tensor
@@ -74,7 +74,10 @@ def halves_kernel(
     place += lane * 8 + (k // 16 % 2 * 2 + k % 2) * 2 + k // 2 % 2
     tl.store(words + place, (value.to(tl.float32) * scale).to(tl.float16))
     if TRANSPOSED:
-        tl.store(transposed + here.to(tl.int64) * num_tokens + token, value)
+        place = token % 8 // 2 * (num_tokens // 4) + token // 8 * 2 + token % 2
+        tl.store(
+            transposed + here.to(tl.int64) * num_tokens + place, (value.to(tl.float32) * scale).to(tl.float16)
+        )
     if block == 0:
         tl.store(unit + token, inverse)
 
@@ -93,9 +96,9 @@ def halves_of(x: Tensor, num_blocks: int, tiles: int, *, is_transposed: bool, st
     all_tokens = tiles * TOKENS_OF_COLUMNS
     words = torch.empty(num_blocks * BLOCK_K * all_tokens, dtype=torch.float16, device=x.device)
     unit = torch.empty(all_tokens, dtype=torch.float32, device=x.device)
-    transposed = x
+    transposed = words
     if is_transposed:
-        transposed = torch.empty(num_blocks * BLOCK_K, all_tokens, dtype=x.dtype, device=x.device)
+        transposed = torch.empty(num_blocks * BLOCK_K * all_tokens, dtype=torch.float16, device=x.device)
     launcher(halves_kernel, (num_blocks, all_tokens))(
         x,
         words,
@@ -111,4 +114,4 @@ def halves_of(x: Tensor, num_blocks: int, tiles: int, *, is_transposed: bool, st
         STARTS=starts,
         num_warps=2 if x.dtype == torch.float16 else 8,
     )
-    return Halves(words.view(torch.int32), unit, transposed)
+    return Halves(words.view(torch.int32), unit, transposed.view(torch.int32))

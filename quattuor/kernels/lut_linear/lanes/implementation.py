@@ -19,23 +19,37 @@ from quattuor.kernels.lut_linear.lanes.layout import (
 from quattuor.kernels.lut_linear.problem import PACKED_BITS, LutProblem
 from quattuor.kernels.w4a8_linear.triton import processors
 
-__all__ = ["Lanes", "choose_warps"]
+__all__ = ["Lanes", "choose_batch_warps", "choose_warps"]
 
-#: Warps that keep a multiprocessor busy; fewest and most of a program that share the blocks of K.
-WARPS_OF_PROCESSOR, MIN_WARPS, MAX_WARPS = 16, 2, 8
+#: Warps that keep a multiprocessor busy; most of a program that share the blocks of K.
+WARPS_OF_PROCESSOR, MAX_WARPS = 16, 8
 #: Up to here the products unpack the weight; beyond, it is decoded once.
 MAX_BATCH = 64
+#: Up to here warps need few registers for the sums of a batch.
+SMALL_BATCH = 16
 
 
-def choose_warps(problem: LutProblem, num_processors: int) -> int:
+def choose_warps(problem: LutProblem, num_processors: int, fewest: int) -> int:
     """Return how many warps share the blocks of 16 rows: enough to keep the device busy."""
     row_tiles, num_blocks = -(-problem.out_features // TILE_ROWS), -(-problem.in_features // BLOCK_K)
-    num_warps = MIN_WARPS
+    num_warps = fewest
     is_idle = row_tiles * num_warps < WARPS_OF_PROCESSOR * num_processors
     while is_idle and 2 * num_warps <= min(MAX_WARPS, num_blocks):
         num_warps *= 2
         is_idle = row_tiles * num_warps < WARPS_OF_PROCESSOR * num_processors
     return num_warps
+
+
+def choose_batch_warps(problem: LutProblem, num_tokens: int, num_processors: int) -> tuple[int, int]:
+    """Return the warps of a program for different rows and those that share the blocks of K.
+
+    Programs of few warps fall out of step, so that some load while others multiply; rows in one program share the
+    tokens in the first cache, which counts where these are many.
+    """
+    sharing = choose_warps(problem, num_processors, 2)
+    if num_tokens <= SMALL_BATCH:
+        return max(1, 4 // sharing), sharing
+    return (4, 2) if sharing == 2 else (2, 4)
 
 
 def takes_bytes(problem: LutProblem) -> bool:
@@ -83,13 +97,14 @@ class Lanes(Implementation):
         x = x if x.stride(1) == 1 else x.contiguous()
         bias = bias if bias is None else bias.contiguous()
         with torch.cuda.device_of(x):
-            num_warps = choose_warps(problem, processors(x.device)[0])
             if x.dtype == torch.float32 or len(x) > MAX_BATCH:
                 linear_rows(problem, x, operand, bias, out, decode=decode_rows)
             elif len(x) == 1 and takes_bytes(problem):
+                fewest = 4 if problem.kind == "planes" else 2
+                num_warps = choose_warps(problem, processors(x.device)[0], fewest)
                 token_kernel.launch(problem, x, operand, bias, out, num_warps=num_warps)
             else:
-                batch_kernel.launch(
-                    problem, x, operand, bias, out, row_warps=MAX_WARPS // num_warps, k_warps=num_warps
-                )
+                row_warps, k_warps = choose_batch_warps(problem, len(x), processors(x.device)[0])
+                warps = {"row_warps": row_warps, "k_warps": k_warps}
+                batch_kernel.launch(problem, x, operand, bias, out, **warps)
         return out

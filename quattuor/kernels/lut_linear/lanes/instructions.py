@@ -11,6 +11,9 @@ __all__ = [
     "ONCE",
     "SHARED",
     "add_pairs",
+    "as_numbers",
+    "from_lane",
+    "load_two_words",
     "load_words",
     "multiply",
     "multiply_pairs",
@@ -39,6 +42,48 @@ def load_words(pointer, HOW: tl.constexpr, ASM: tl.constexpr):
         )
     else:
         result = tl.load(pointer), tl.load(pointer + 1), tl.load(pointer + 2), tl.load(pointer + 3)
+    return result
+
+
+@triton.jit
+def load_two_words(pointer, ASM: tl.constexpr):
+    """Two neighbouring 32-bit words, which the kernel before may have written."""
+    if ASM:
+        result = tl.inline_asm_elementwise(
+            "ld.global.v2.b32 {$0, $1}, [$2];",
+            "=r,=r,l",
+            [pointer.to(tl.int64)],
+            dtype=(tl.int32, tl.int32),
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        result = tl.load(pointer), tl.load(pointer + 1)
+    return result
+
+
+@triton.constexpr_function
+def from_lane_assembly(place):
+    """Return the assembly that takes $1 of one of every four lanes."""
+    return f"shfl.sync.idx.b32 $0, $1, {place}, 0x1c1f, 0xffffffff;"
+
+
+@triton.jit
+def from_lane(word, PLACE: tl.constexpr, ASM: tl.constexpr):
+    """The word of lane 4 g + PLACE for all lanes 4 g .. 4 g + 3."""
+    if ASM:
+        result = tl.inline_asm_elementwise(
+            from_lane_assembly(PLACE),
+            "=r,r",
+            [word],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+    else:
+        four = tl.reshape(word, (word.shape[0] // 4, 4))
+        one = tl.sum(tl.where(tl.arange(0, 4)[None, :] == PLACE, four, 0), axis=1)
+        result = tl.reshape(tl.broadcast_to(one[:, None], four.shape), word.shape)
     return result
 
 
@@ -82,6 +127,13 @@ def multiply(a0, a1, a2, a3, b0, b1, c, ASM: tl.constexpr):
         s2, s3 = row_products(a1, a3, b0, b1, a0.shape[0] // 32)
         result = c0 + s0, c1 + s1, c2 + s2, c3 + s3
     return result
+
+
+@triton.jit
+def as_numbers(word):
+    """The two float16 numbers of each word, as float32."""
+    low = word.to(tl.int16).to(tl.float16, bitcast=True)
+    return low.to(tl.float32), (word >> 16).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
 
 
 @triton.jit

@@ -18,10 +18,9 @@ __all__ = ["add_entries_step", "add_planes_step", "load_block", "load_table", "l
 
 
 @triton.jit
-def load_block(weight, block, NUM_BLOCKS, BITS: tl.constexpr, ASM: tl.constexpr):
-    """The words of a block, those of the last block beyond the end."""
+def load_block(start, BITS: tl.constexpr, ASM: tl.constexpr):
+    """The words of a block."""
     words = ()
-    start = weight + tl.minimum(block, NUM_BLOCKS - 1) * (BITS * 128)
     for load in tl.static_range(BITS):
         words += load_words(start + load * 128, ONCE, ASM)
     return words

@@ -6,6 +6,7 @@ the token meet as bytes: masked planes or looked-up entries, and four bytes of e
 """
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 import triton
 import triton.language as tl
@@ -25,7 +26,7 @@ from quattuor.kernels.lut_linear.lanes.steps import (
 )
 from quattuor.kernels.lut_linear.problem import LutProblem
 
-__all__ = ["launch", "token_kernel"]
+__all__ = ["Ahead", "ahead_of", "launch", "token_kernel"]
 
 #: 1.5 * 2^23: a float32 whose bits are an integer that small sums can be added to.
 MAGIC = tl.constexpr(12582912.0)
@@ -167,7 +168,8 @@ def token_kernel(
     FACTOR: tl.constexpr = 1.0 / 64 if PLANES else 1.0
     ahead = ()
     for turn in tl.static_range(DEPTH):
-        ahead += (load_block(weight, turn * WARPS + warp, NUM_BLOCKS, BITS, ASM),)
+        start = weight + tl.minimum(turn * WARPS + warp, NUM_BLOCKS - 1) * (BITS * 128)
+        ahead += (load_block(start, BITS, ASM),)
     every = rows * 16 + tl.arange(0, 16)
     constant = tl.zeros((16,), dtype=tl.float32)
     scales = ()
@@ -199,8 +201,8 @@ def token_kernel(
         following = ()
         for index in tl.static_range(1, DEPTH):
             following += (ahead[index],)
-        following += (load_block(weight, block + DEPTH * WARPS, NUM_BLOCKS, BITS, ASM),)
-        ahead = following
+        start = weight + tl.minimum(block + DEPTH * WARPS, NUM_BLOCKS - 1) * (BITS * 128)
+        ahead = following + (load_block(start, BITS, ASM),)  # noqa: RUF005 (Triton knows no unpacking)
         if EARLY:
             bytes_of = next_bytes
             next_bytes = load_token(token + tl.minimum(block + WARPS, ROUNDS * WARPS - 1) * 256, ASM)
@@ -233,6 +235,21 @@ def token_kernel(
     tl.store(out + every, y.to(out.dtype.element_ty), mask=every < N)
 
 
+@dataclass(frozen=True, slots=True)
+class Ahead:
+    """What a warp loads before it is needed: see `token_kernel`."""
+
+    depth: int = 1
+    early: bool = False
+
+
+def ahead_of(problem: LutProblem) -> Ahead:
+    """Return what to load ahead: as much as tables and scales of groups leave registers for."""
+    if problem.kind == "codebook" or problem.group_size is not None:
+        return Ahead()
+    return Ahead(depth=2, early=True)
+
+
 def launch(
     problem: LutProblem,
     x: Tensor,
@@ -241,20 +258,20 @@ def launch(
     out: Tensor,
     *,
     num_warps: int,
-    depth: int = 1,
-    early: bool = False,
-    maxnreg: int | None = None,
+    schedule: Ahead | None = None,
     interpret: bool = False,
 ) -> None:
     """Fill `out` [1, N]; the weight tensors are padded as `prepare_lanes` prepares them.
 
-    `interpret` replaces the inline assembly by arithmetic that Triton's interpreter knows.
+    `schedule` says what is loaded ahead, by default what was fastest. `interpret` replaces the inline assembly by
+    arithmetic that Triton's interpreter knows.
     """
     packed, is_planes = operand["packed"], problem.kind == "planes"
     row_tiles, num_blocks = packed.shape[:2]
     unit, rounds = unit_of(problem), -(-num_blocks // num_warps)
     starts = problem.compute_capability is not None and problem.compute_capability[0] == 9
     parts = BLOCK_K // unit if unit else 0
+    ahead = schedule or ahead_of(problem)
     limbs = limbs_of(x, rounds * num_warps, parts=parts, is_shifted=is_planes, starts=starts)
     table = operand["table"] if is_planes else operand["limbs"]
     launcher(token_kernel, (row_tiles,))(
@@ -277,8 +294,8 @@ def launch(
         table.shape[1],
         rounds,
         WARPS=num_warps,
-        DEPTH=depth,
-        EARLY=early,
+        DEPTH=ahead.depth,
+        EARLY=ahead.early,
         BITS=problem.weight_bits,
         PLANES=is_planes,
         UNIT=unit,
@@ -291,5 +308,4 @@ def launch(
         num_warps=num_warps,
         num_stages=1,
         launch_pdl=starts,
-        maxnreg=maxnreg,
     )
