@@ -106,16 +106,15 @@ def hopper_candidates(max_tokens: int) -> Iterator[HopperTile]:
         return
     if max_tokens <= 512:
         yield HopperTile(**paired, tokens=64, stages=3)
-    tiles = []
     if max_tokens <= 256:
-        tiles.append(HopperTile(blocks=1, tokens=64, stages=6))
+        yield HopperTile(blocks=1, tokens=64, stages=6)
+        yield HopperTile(blocks=1, tokens=64, stages=6, unroll=2)
     if max_tokens > 64:
-        tiles += [HopperTile(blocks=1, tokens=128, stages=4), HopperTile(blocks=2, tokens=128, stages=3)]
+        yield HopperTile(blocks=1, tokens=128, stages=4)
+        yield HopperTile(blocks=1, tokens=128, stages=4, unroll=2)
+        yield HopperTile(blocks=2, tokens=128, stages=3)
     if max_tokens > 128:
-        tiles.append(HopperTile(blocks=1, tokens=256, spans=2, stages=2))
-    for tile in tiles:
-        yield tile
-        yield dataclasses.replace(tile, ahead=True)
+        yield HopperTile(blocks=1, tokens=256, spans=2, stages=2)
 
 
 def candidates(

@@ -43,7 +43,7 @@ class Cost(NamedTuple):
 def key_of(row: dict) -> tuple:
     """Return what tells the timed tiles of a case apart."""
     names = ("tile_rows", "tile_tokens", "stages", "cut", "unroll", "programs_per_processor")
-    return (*(row[name] for name in names), bool(row.get("ahead")))
+    return tuple(row[name] for name in names)
 
 
 def costs() -> Iterator[Cost]:
@@ -61,7 +61,7 @@ def costs() -> Iterator[Cost]:
             integer_group_scale=granularity == "group128",
         )
         tile = choose_hopper_tile(m, problem, PROCESSORS)
-        key = (tile.rows, tile.tokens, tile.stages, tile.cut, tile.unroll, tile.per_processor, tile.ahead)
+        key = (tile.rows, tile.tokens, tile.stages, tile.cut, tile.unroll, tile.per_processor)
         yield Cost(n, k, m, granularity, tile, timed.get(key), min(timed.values()))
 
 
@@ -72,7 +72,7 @@ def main() -> None:
         over = "not timed" if cost.over_fastest is None else f"{cost.over_fastest:.3f}"
         print(
             f"{cost.n}x{cost.k} {cost.granularity} {cost.m}: {tile.rows} x {tile.tokens}, {tile.cut}"
-            f"{', ahead' if tile.ahead else ''}: {cost.latency_us} us, {over} of the fastest"
+            f": {cost.latency_us} us, {over} of the fastest"
         )
 
 

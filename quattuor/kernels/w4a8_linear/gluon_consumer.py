@@ -16,7 +16,6 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.language.extra.cuda import gdc_wait
 
-from quattuor.kernels.w4a8_linear.gluon_ahead import multiply_ahead, unpack_stage
 from quattuor.kernels.w4a8_linear.gluon_modes import CHANNEL, INTEGER, UNCLAMPED, load_group_scale
 from quattuor.kernels.w4a8_linear.gluon_schedule import num_items, place, share
 from quattuor.kernels.w4a8_linear.unpacking import (
@@ -275,7 +274,6 @@ def consume(
     BAND: gl.constexpr,
     STAGES: gl.constexpr,
     UNROLL: gl.constexpr,
-    AHEAD: gl.constexpr,
     HAS_BIAS: gl.constexpr,
     BULK_STORE: gl.constexpr,
     EARLY_SCALE: gl.constexpr,
@@ -299,11 +297,7 @@ def consume(
     step = 0
     if PDL:
         gdc_wait()
-    items = num_items(num_tiles, num_blocks, whole, sharers, IS_CUT)
-    if AHEAD:
-        mbarrier.wait(barriers.index(0), 0, pred=items > 0)
-        low, high = unpack_stage(w_smem, group_smem, 0, base, CHUNKS, MODE, layout)
-    for item in range(items):
+    for item in range(num_items(num_tiles, num_blocks, whole, sharers, IS_CUT)):
         tile, first, last = share(item, num_tiles, num_blocks, whole, sharers, IS_CUT)
         row_tile, token_tile = place(tile, num_row_tiles, num_token_tiles, BAND)
         first_row = row_tile * (CONSUMERS * BLOCKS * 64) + base
@@ -324,20 +318,37 @@ def consume(
                 token_scale1 = load_token_scale(x_scale, first_token + SPAN, num_tokens, SPAN, one_each)
         acc0 = gl.zeros((64, SPAN), gl.int32, mma)
         acc1 = gl.zeros((64, SPAN), gl.int32, mma)
-        if AHEAD:
-            for block in range(first, last):
-                is_followed = (block < last - 1) | (item < items - 1)
-                acc0, acc1, low, high = multiply_ahead(
+        rest = (last - first) % UNROLL
+        for _ in range(first, last - rest, UNROLL):
+            acc0, acc1 = multiply_stages(
+                acc0,
+                acc1,
+                w_smem,
+                x_smem,
+                group_smem,
+                barriers,
+                step,
+                UNROLL,
+                base,
+                CHUNKS,
+                BLOCKS,
+                SPANS,
+                STAGES,
+                MODE,
+                layout,
+            )
+            step += UNROLL
+        if UNROLL > 1:
+            for _ in range(rest):
+                acc0, acc1 = multiply_stages(
                     acc0,
                     acc1,
-                    low,
-                    high,
                     w_smem,
                     x_smem,
                     group_smem,
                     barriers,
                     step,
-                    is_followed,
+                    1,
                     base,
                     CHUNKS,
                     BLOCKS,
@@ -347,47 +358,6 @@ def consume(
                     layout,
                 )
                 step += 1
-        else:
-            rest = (last - first) % UNROLL
-            for _ in range(first, last - rest, UNROLL):
-                acc0, acc1 = multiply_stages(
-                    acc0,
-                    acc1,
-                    w_smem,
-                    x_smem,
-                    group_smem,
-                    barriers,
-                    step,
-                    UNROLL,
-                    base,
-                    CHUNKS,
-                    BLOCKS,
-                    SPANS,
-                    STAGES,
-                    MODE,
-                    layout,
-                )
-                step += UNROLL
-            if UNROLL > 1:
-                for _ in range(rest):
-                    acc0, acc1 = multiply_stages(
-                        acc0,
-                        acc1,
-                        w_smem,
-                        x_smem,
-                        group_smem,
-                        barriers,
-                        step,
-                        1,
-                        base,
-                        CHUNKS,
-                        BLOCKS,
-                        SPANS,
-                        STAGES,
-                        MODE,
-                        layout,
-                    )
-                    step += 1
         is_owner = True
         if IS_CUT:
             is_owner = first == 0

@@ -63,14 +63,22 @@ GROUP_COSTS = {
     (2, 128): Cost(1.35, 4.5, 9.7, 6.8),
 }
 
+#: Float16 scales, without clamps: as much again where an operand serves few tokens, nothing where it serves 256.
+FLOAT_COSTS = {
+    (1, 64): Cost(0.72, 0.7, 3.8, 2.7),
+    (1, 128): Cost(0.93, 1.2, 5.6, 3.9),
+    (1, 256): Cost(1.47, 1.9, 10.5, 7.4),
+    (2, 128): Cost(1.70, 4.5, 9.7, 6.8),
+}
+COSTS = {"channel": CHANNEL_COSTS, "integer": GROUP_COSTS, "half": FLOAT_COSTS}
+
 
 def estimate(tile: HopperTile, num_tokens: int, problem: LinearProblem, programs: int) -> float:
     """Return the microseconds of the longest program, less what every tile has in common."""
     num_tiles = -(-problem.out_features // tile.rows) * -(-num_tokens // tile.tokens)
     num_blocks = -(-problem.in_features // BLOCK_K)
     schedule = make_schedule(num_tiles, num_blocks, programs * tile.per_processor, tile.cut)
-    costs = CHANNEL_COSTS if mode_of(problem) == "channel" else GROUP_COSTS
-    cost = costs[tile.blocks, max(64, tile.tokens)]
+    cost = COSTS[mode_of(problem)][tile.blocks, max(64, tile.tokens)]
     crowd = tile.per_processor  # programs that share a multiprocessor take turns
     whole = -(-schedule.whole // schedule.programs)
     total = whole * (num_blocks * cost.block * crowd + cost.tile)

@@ -69,8 +69,7 @@ class HopperTile:
     `registers` is what a thread of the second consumer may use, `max_registers` the cap at launch, None for what
     the compiler takes; the first consumer gets what the others leave. `per_processor` programs share each
     multiprocessor. `spans` cuts the tokens in parts of 128 at most. `cut` says what becomes of the tiles that fill
-    no wave of programs (`hopper.CUTS`). `unroll` K blocks are multiplied before a consumer waits for them; with
-    `ahead` the next one is unpacked in that time, for tiles of one block.
+    no wave of programs (`hopper.CUTS`). `unroll` K blocks are multiplied before a consumer waits for them.
     """
 
     blocks: int
@@ -79,7 +78,6 @@ class HopperTile:
     spans: int = 1
     cut: str = "even"
     unroll: int = 1
-    ahead: bool = False
     consumers: int = 2
     registers: int = 232
     max_registers: int | None = None

@@ -9,21 +9,14 @@ import triton
 import triton.language as tl
 
 __all__ = [
-    "FLIP_SIGNS",
     "HIGH_CHANNEL",
     "HIGH_HALF",
-    "HIGH_HALF_BIASED",
     "HIGH_INTEGER",
-    "HIGH_INTEGER_BIASED",
     "HIGH_UNCLAMPED",
-    "HIGH_UNCLAMPED_BIASED",
     "LOW_CHANNEL",
     "LOW_HALF",
-    "LOW_HALF_BIASED",
     "LOW_INTEGER",
-    "LOW_INTEGER_BIASED",
     "LOW_UNCLAMPED",
-    "LOW_UNCLAMPED_BIASED",
     "PREFETCH_LINE",
     "bulk_prefetch_assembly",
     "joined_assembly",
@@ -50,19 +43,6 @@ HIGH_INTEGER = tl.constexpr("""{
     mad.lo.u32 t, t, $2, $6;
     xor.b32 $0, t, 0x80808080;
 }""")
-# The same without the flip, for a word at a time: $3 is the addend.
-FLIP_SIGNS = tl.constexpr("xor.b32 $0, $1, 0x80808080;")
-LOW_INTEGER_BIASED = tl.constexpr("""{
-    .reg .b32 t;
-    lop3.b32 t, $1, 0x0F0F0F0F, 0x08080808, 0x6A;
-    mad.lo.u32 $0, t, $2, $3;
-}""")
-HIGH_INTEGER_BIASED = tl.constexpr("""{
-    .reg .b32 t;
-    shr.u32 t, $1, 4;
-    lop3.b32 t, t, 0x0F0F0F0F, 0x08080808, 0x6A;
-    mad.lo.u32 $0, t, $2, $3;
-}""")
 
 # 0x64uu is the float16 1024 + u, so subtracting 1032 gives the code. code * s + 1152 is rounded once; in
 # 1024 .. 2048 float16 is spaced by 1, so that is rne(code * s) + 1152, and clamping to 1024 .. 1279 leaves
@@ -85,13 +65,10 @@ HALF_BODY = """
     min.f16x2 a, a, c;
     min.f16x2 b, b, c;
     prmt.b32 t, a, b, 0x6420;
-"""
-LOW_HALF_BODY = "{ .reg .b32 t, a, b, c, one; mov.b32 t, $1;" + HALF_BODY
-HIGH_HALF_BODY = "{ .reg .b32 t, a, b, c, one; shr.u32 t, $1, 4;" + HALF_BODY
-LOW_HALF = tl.constexpr(LOW_HALF_BODY + "xor.b32 $0, t, 0x80808080; }")
-HIGH_HALF = tl.constexpr(HIGH_HALF_BODY + "xor.b32 $0, t, 0x80808080; }")
-LOW_HALF_BIASED = tl.constexpr(LOW_HALF_BODY + "mov.b32 $0, t; }")
-HIGH_HALF_BIASED = tl.constexpr(HIGH_HALF_BODY + "mov.b32 $0, t; }")
+    xor.b32 $0, t, 0x80808080;
+}"""
+LOW_HALF = tl.constexpr("{ .reg .b32 t, a, b, c, one; mov.b32 t, $1;" + HALF_BODY)
+HIGH_HALF = tl.constexpr("{ .reg .b32 t, a, b, c, one; shr.u32 t, $1, 4;" + HALF_BODY)
 
 # For scales whose products stay in int8. 0x6400 | n is the float16 1024 + n, so one operation with three inputs
 # makes 1024 + u, or 1024 + 16 u, of two codes that are two bytes apart, and the next one the code, exactly.
@@ -102,7 +79,8 @@ UNCLAMPED_END = """
     fma.rn.f16x2 b, b, $2, c;
     prmt.b32 $0, a, b, 0x6240;
 }"""
-LOW_UNCLAMPED_BODY = """{
+LOW_UNCLAMPED = tl.constexpr(
+    """{
     .reg .b32 t, a, b, c;
     shr.u32 t, $1, 8;
     lop3.b32 a, $1, 0x000F000F, 0x64086408, 0x6A;
@@ -110,8 +88,11 @@ LOW_UNCLAMPED_BODY = """{
     mov.b32 c, 0x64086408;
     sub.rn.f16x2 a, a, c;
     sub.rn.f16x2 b, b, c;"""
+    + UNCLAMPED_END
+)
 # (1024 + 16 u) / 16 - 72
-HIGH_UNCLAMPED_BODY = """{
+HIGH_UNCLAMPED = tl.constexpr(
+    """{
     .reg .b32 t, a, b, c;
     shr.u32 t, $1, 8;
     lop3.b32 a, $1, 0x00F000F0, 0x64806480, 0x6A;
@@ -120,11 +101,8 @@ HIGH_UNCLAMPED_BODY = """{
     mov.b32 c, 0xD480D480;
     fma.rn.f16x2 a, a, t, c;
     fma.rn.f16x2 b, b, t, c;"""
-LOW_UNCLAMPED = tl.constexpr(LOW_UNCLAMPED_BODY + UNCLAMPED_END)
-HIGH_UNCLAMPED = tl.constexpr(HIGH_UNCLAMPED_BODY + UNCLAMPED_END)
-# 128 more, as the others before their flip
-LOW_UNCLAMPED_BIASED = tl.constexpr(LOW_UNCLAMPED_BODY + UNCLAMPED_END.replace("0x66006600", "0x66806680"))
-HIGH_UNCLAMPED_BIASED = tl.constexpr(HIGH_UNCLAMPED_BODY + UNCLAMPED_END.replace("0x66006600", "0x66806680"))
+    + UNCLAMPED_END
+)
 
 
 @triton.constexpr_function

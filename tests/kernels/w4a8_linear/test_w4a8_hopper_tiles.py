@@ -23,11 +23,6 @@ TILES = {
     "square": HopperTile(blocks=1, tokens=128, stages=4, unroll=2),
     "tall": HopperTile(blocks=2, tokens=128, stages=2),
     "wide": HopperTile(blocks=1, tokens=256, spans=2, stages=2),
-    "few ahead": HopperTile(blocks=1, tokens=16, stages=9, ahead=True),
-    "narrow ahead": HopperTile(blocks=1, tokens=64, stages=6, ahead=True),
-    "square ahead": HopperTile(blocks=1, tokens=128, stages=4, ahead=True),
-    "tall ahead": HopperTile(blocks=2, tokens=128, stages=2, ahead=True),
-    "wide ahead": HopperTile(blocks=1, tokens=256, spans=2, stages=2, ahead=True),
     "paired few": HopperTile(**PAIRED, tokens=16, stages=5),
     "paired": HopperTile(**PAIRED, tokens=64, stages=2),
 }
