@@ -17,6 +17,7 @@ from quattuor.kernels.w4a8_linear import narrow, unpacking
 from quattuor.kernels.w4a8_linear.planes import pack_planes
 from quattuor.kernels.w4a16_linear import planes
 from quattuor.kernels.w4a16_linear import unpacking as fields
+from quattuor.kernels.w4a16_linear.digits import unpacking as digits
 
 
 def halves(value):
@@ -192,3 +193,20 @@ def test_floating_point_codes_less_their_zero_point_are_exact(bits, is_half):
             text = fields.assembly(bits, plane, is_half, True)
             found = run(text, registers | {f"${fields.arity(bits, plane) + 1}": addend})["$0"]
             assert (view(found) == expected - zero).all(), (plane, zero)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_bytes_are_signed_codes_at_the_top(bits):
+    layout = planes.Layout(bits, 32)
+    codes = torch.randint(2**bits, (128, layout.block_k))
+    pairs = (
+        planes.pack(codes, layout).numpy().reshape(layout.words, -1).view(np.uint32).reshape(layout.words, -1, 2)
+    )
+    for plane in range(layout.planes):
+        index = fields.word_of(bits, plane)
+        registers = [pairs[word][:, half] for word in ([index] if index < 3 else range(3)) for half in range(2)]
+        assert digits.byte_constraints(bits, plane).count("r") == 1 + len(registers)
+        text = digits.byte_assembly(bits, plane)
+        found = run(text, {f"${i + 1}": register for i, register in enumerate(registers)})["$0"]
+        expected = (codes[:, plane * 32 : plane * 32 + 32].numpy() - 2 ** (bits - 1)) * 2 ** (8 - bits)
+        assert (found.view(np.int8).reshape(128, 32) == expected).all(), plane

@@ -11,7 +11,7 @@ from benchmarks.kernels import weight_only, weight_only_tune, weight_only_unifor
 from benchmarks.kernels.weight_only_uniform import Uniform
 from quattuor.kernels.dispatch import LinearProblem
 from quattuor.kernels.w4a16_linear import measured
-from quattuor.kernels.w4a16_linear.planes import MAX_FEW_TOKENS, FewTile, layout_of
+from quattuor.kernels.w4a16_linear.planes import DigitTile, layout_of
 
 
 @pytest.fixture
@@ -41,21 +41,17 @@ def test_candidates_fit_the_device(bits):
         assert len(tiles) == len(set(tiles)) > 0
         layout = layout_of(weight_only_uniform.problem_of((11008, 4096), kind))
         for tile in tiles:
-            if isinstance(tile, FewTile):
-                assert max_tokens <= MAX_FEW_TOKENS
-                assert tile.programs <= 132 * 2048 // (32 * tile.num_warps)
-                continue
             assert tile.split <= -(-4096 // layout.block_k)
-            # the sums of activations take another product: they pay for few tokens only
-            assert not tile.raw or tile.tokens == 8
+            # four bytes of each element for every 64 rows: more tokens would be more bytes than the weight
+            assert not isinstance(tile, DigitTile) or max_tokens <= 4
 
 
 def test_jobs_compile_each_kernel_once(hopper):
     cases = [(shape, Uniform(bits=4, group_size=128)) for shape in weight_only.SHAPES]
-    jobs = weight_only_tune.compile_jobs(cases, [8, 16])
+    jobs = weight_only_tune.compile_jobs(cases, [2, 16])
     assert len(jobs) == len(set(jobs))
     assert len(jobs) < sum(
-        len(list(weight_only_tune.candidates(shape, count, kind))) for shape, kind in cases for count in (8, 16)
+        len(list(weight_only_tune.candidates(shape, count, kind))) for shape, kind in cases for count in (2, 16)
     )
 
 
@@ -68,6 +64,7 @@ def test_measured_tiles_are_found_by_layer_and_token_count():
             in_features=row["k"],
             weight_bits=row["bits"],
             group_size=row["group_size"],
+            zero_point=row["zero_point"],
             activation_bits=16,
             device_type="cuda",
             compute_capability=(9, 0),
@@ -79,6 +76,8 @@ def test_measured_tiles_are_found_by_layer_and_token_count():
         assert measured.find(problem, 1 << 20) is None
         layout = layout_of(problem)
         # three words of 3-bit codes, one of others, and the tokens of a block, for each stage
-        shared = tile.num_stages * 2 * (tile.rows * layout.words * layout.plane_k + tile.tokens * layout.block_k)
+        bytes_of_token = 4 if isinstance(tile, DigitTile) else 2
+        words = 2 * tile.rows * layout.words * layout.plane_k
+        shared = tile.num_stages * (words + bytes_of_token * tile.tokens * layout.block_k)
         assert shared <= 227 * 1024
     assert measured.find(LinearProblem(out_features=8, in_features=8, activation_bits=16), 1) is None

@@ -7,17 +7,18 @@ import triton.language as tl
 from torch import Tensor
 
 from quattuor.kernels.launch import launcher
+from quattuor.kernels.w4a8_linear.triton_kernel import prefetch_line
 from quattuor.kernels.w4a16_linear.planes import TILE_ROWS, Layout
 from quattuor.kernels.w4a16_linear.unpacking import (
     arity,
     assembly,
     constraints,
     position,
-    raw_assembly,
     word_of,
 )
 
 __all__ = [
+    "FAR",
     "INTEGER",
     "MIDDLE",
     "OFFSET",
@@ -25,16 +26,19 @@ __all__ = [
     "constants",
     "decode",
     "decode_kernel",
-    "decode_raw",
     "launch_decode",
     "load_groups",
     "load_words",
+    "prefetch_groups",
 ]
 
 # What is subtracted from a code.
 MIDDLE = tl.constexpr(0)  # the middle of the range: signed codes
 INTEGER = tl.constexpr(1)  # the integer zero point of its group, in a byte
 OFFSET = tl.constexpr(2)  # the middle; the float32 rest of the zero point is applied to the sum over the group
+
+#: Blocks ahead of which scales and zero points are brought to the cache.
+FAR = tl.constexpr(4)
 
 
 @triton.jit
@@ -102,32 +106,6 @@ def decode(
 
 
 @triton.jit
-def decode_raw(words, dtype: tl.constexpr, BITS: tl.constexpr, PLANE: tl.constexpr, ASM: tl.constexpr):
-    """The codes of one plane times 2^(position - 24) in float16, and plus 128 in bfloat16."""
-    is_half: tl.constexpr = dtype == tl.float16
-    if ASM:
-        index: tl.constexpr = word_of(BITS, PLANE)
-        text: tl.constexpr = raw_assembly(BITS, PLANE, is_half)
-        registers: tl.constexpr = constraints(BITS, PLANE, False)
-        if arity(BITS, PLANE) == 3:
-            operands = [words[0], words[1], words[2]]
-        else:
-            operands = [words[index % 3 if BITS == 3 else 0]]
-        if is_half:
-            value = tl.inline_asm_elementwise(text, registers, operands, dtype=tl.float16, is_pure=True, pack=2)
-        else:
-            value = tl.inline_asm_elementwise(text, registers, operands, dtype=tl.bfloat16, is_pure=True, pack=2)
-    else:
-        place: tl.constexpr = word_of(BITS, PLANE) % 3 if BITS == 3 else 0
-        code = field(words[place], words[1], words[2], BITS, PLANE)
-        if is_half:
-            value = (code << position(BITS, PLANE, True)).to(tl.int16).to(tl.float16, bitcast=True)
-        else:
-            value = (code + 128).to(tl.bfloat16)
-    return value
-
-
-@triton.jit
 def load_words(weight, block, WORDS: tl.constexpr, PLANE_K: tl.constexpr):
     """The one or three words of each element of a block's planes, as a tuple of three."""
     size: tl.constexpr = 128 * PLANE_K
@@ -164,6 +142,24 @@ def load_groups(
             value = value.to(tl.int32)
         found = found + (value,)  # noqa: RUF005 (Triton knows no unpacking)
     return found
+
+
+@triton.jit
+def prefetch_groups(
+    values,
+    block,
+    N_PADDED,
+    ROWS: tl.constexpr,
+    PIECES: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+):
+    """Bring the values of ROWS rows for each piece of a block to L2; `values` is where the rows begin."""
+    BYTES: tl.constexpr = values.dtype.element_ty.primitive_bitwidth // 8
+    for piece in tl.static_range(PIECES):
+        group = (block * BLOCK_K + piece * (BLOCK_K // PIECES)) // GROUP_SIZE
+        for line in tl.static_range((ROWS * BYTES + 127) // 128):
+            prefetch_line(values + group * N_PADDED + line * (128 // BYTES))
 
 
 @triton.jit

@@ -9,32 +9,40 @@ import json
 from pathlib import Path
 
 from quattuor.kernels.dispatch import LinearProblem
-from quattuor.kernels.w4a16_linear.planes import STORED_BITS, FewTile, Tile
+from quattuor.kernels.w4a16_linear.planes import STORED_BITS, DigitTile, Tile
 
 __all__ = ["FILE", "find"]
 
 FILE = Path(__file__).with_name("measured.json")
 
-Key = tuple[tuple[int, int], int, int, int, int | None]
+#: Compute capability, N, K, stored bits, group size, and whether there are zero points.
+Key = tuple[tuple[int, int], int, int, int, int | None, bool]
 
 
 @functools.cache
-def table() -> dict[Key, list[tuple[int, Tile | FewTile]]]:
-    """Return (largest token count, tile), ascending, by compute capability, N, K, stored bits and group size."""
-    found: dict[Key, list[tuple[int, Tile | FewTile]]] = {}
+def table() -> dict[Key, list[tuple[int, Tile | DigitTile]]]:
+    """Return (largest token count, tile), ascending, by layer."""
+    found: dict[Key, list[tuple[int, Tile | DigitTile]]] = {}
     content = json.loads(FILE.read_text(encoding="utf-8")) if FILE.is_file() else {"choices": []}
     for row in content["choices"]:
-        key = (tuple(content["compute_capability"]), row["n"], row["k"], row["bits"], row["group_size"])
-        kind = FewTile if "fragments" in row["tile"] else Tile
+        layer = (row["n"], row["k"], row["bits"], row["group_size"], row["zero_point"])
+        key = (tuple(content["compute_capability"]), *layer)
+        kind = DigitTile if "overlap" in row["tile"] else Tile
         found.setdefault(key, []).append((row["max_tokens"], kind(**row["tile"])))
     return {key: sorted(tiles, key=lambda item: item[0]) for key, tiles in found.items()}
 
 
-def find(problem: LinearProblem, num_tokens: int) -> Tile | FewTile | None:
-    """Return the measured tile of a layer for a token count, or None without one."""
+def find(problem: LinearProblem, num_tokens: int) -> Tile | DigitTile | None:
+    """Return the measured tile of a layer for a token count, or None without one.
+
+    A layer with zero points that was not measured takes the tile of the layer without.
+    """
     if problem.compute_capability is None:
         return None
     bits = STORED_BITS[problem.weight_bits]
-    shape = (problem.out_features, problem.in_features)
-    choices = table().get((problem.compute_capability, *shape, bits, problem.group_size), [])
-    return next((tile for max_tokens, tile in choices if num_tokens <= max_tokens), None)
+    layer = (problem.compute_capability, problem.out_features, problem.in_features, bits, problem.group_size)
+    for zero_point in (problem.zero_point, False):
+        for max_tokens, tile in table().get((*layer, zero_point), ()):
+            if num_tokens <= max_tokens:
+                return tile
+    return None

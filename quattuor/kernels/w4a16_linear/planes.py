@@ -12,10 +12,12 @@ from quattuor.kernels.dispatch import LinearProblem
 from quattuor.kernels.w4a8_linear.planes import MAX_SPLIT_TILES
 
 __all__ = [
+    "MAX_DIGIT_FEATURES",
+    "MIN_DIGIT_PLANE",
     "MIN_PLANE",
     "STORED_BITS",
     "TILE_ROWS",
-    "FewTile",
+    "DigitTile",
     "Layout",
     "Tile",
     "layout_of",
@@ -35,19 +37,31 @@ MAX_PLANE = {2: 64, 3: 32, 4: 64, 8: 64}
 MIN_PLANE = 16
 #: Rows that lie together in memory; the packed weight is padded to whole tiles of rows.
 TILE_ROWS = 128
-#: The most tokens of the kernel for few.
-MAX_FEW_TOKENS = 16
+#: The longest plane below which the products of bytes, which take 32 elements, have none.
+MIN_DIGIT_PLANE = 32
+#: The largest K whose int32 sum of products of bytes cannot overflow.
+MAX_DIGIT_FEATURES = 2**17 - 1
 #: Integer zero points of the stored codes up to this are kept in a byte and subtracted before the product.
 MAX_ZERO = 255
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Tile:
-    """The work of one program: `rows` output features by `tokens`, K cut in `split` parts, and its resources.
+    """The work of one program: `rows` output features by `tokens`, K cut in `split` parts, and its resources."""
+
+    rows: int
+    tokens: int
+    split: int
+    num_warps: int
+    num_stages: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DigitTile:
+    """The work of one program of the kernel for few tokens, as in `Tile`.
 
     `overlap` says when the next kernel of the stream may start its programs: "none" after this one, "early" at
-    once, "late" when every program of this one has multiplied; the last two need compute capability 9.0. `raw`
-    leaves the zero point to the sum over a group. `max_registers` caps what the compiler gives a thread.
+    once, "late" when every program of this one has multiplied; the last two need compute capability 9.0.
     """
 
     rows: int
@@ -55,38 +69,7 @@ class Tile:
     split: int
     num_warps: int
     num_stages: int
-    overlap: str = "none"
-    raw: bool = False
-    max_registers: int | None = None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class FewTile:
-    """The work of a program of the kernel for few tokens: tiles of 16 `fragments` rows, a block of K a warp.
-
-    `programs` share the blocks of all tiles equally. `ahead` loads a block before that ahead of it is multiplied.
-    `max_registers` caps what the compiler gives a thread.
-    """
-
-    fragments: int
-    num_warps: int
-    programs: int
-    ahead: bool = True
-    max_registers: int | None = None
-
-    def refuses(self, x: Tensor, layout: "Layout") -> str | None:
-        """Return None where the kernel takes these activations with a weight in this layout, else the reason."""
-        if not 0 < x.shape[0] <= MAX_FEW_TOKENS:
-            return f"takes 1 to {MAX_FEW_TOKENS} tokens"
-        if x.dtype not in (torch.float16, torch.bfloat16):
-            return "takes activations of 16 bits"
-        if layout.bits == 8 and x.dtype == torch.bfloat16:
-            return "8-bit codes do not fit the mantissa of bfloat16"
-        if layout.plane_k % 32:
-            return "needs planes of 32 or 64 elements"
-        if x.stride(1) != 1 or x.shape[1] % 8 or x.stride(0) % 8 or x.data_ptr() % 16:
-            return "loads 8 activations at a time, from multiples of 16 bytes"
-        return None
+    overlap: str
 
 
 @dataclass(frozen=True, slots=True)

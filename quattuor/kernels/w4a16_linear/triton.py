@@ -12,16 +12,21 @@ from quattuor.kernels.dispatch import Implementation, LinearProblem, TokenRange
 from quattuor.kernels.w4a8_linear.triton import processors
 from quattuor.kernels.w4a16_linear import measured
 from quattuor.kernels.w4a16_linear.planes import (
+    MAX_DIGIT_FEATURES,
+    MIN_DIGIT_PLANE,
     MIN_PLANE,
     STORED_BITS,
-    FewTile,
+    DigitTile,
     Layout,
     Tile,
     layout_of,
     prepare_tensors,
 )
 
-__all__ = ["DECODED_FROM", "Triton", "choose_tile"]
+__all__ = ["DECODED_FROM", "Triton", "choose_digit_tile", "choose_tile", "takes_digits"]
+
+#: Without a measured tile, up to this many tokens of a layer of so many codes are multiplied as bytes.
+DIGITS_TO, LARGE = 2, 2**27
 
 #: From this many tokens on, the weight is written out once per call and multiplied by the library.
 DECODED_FROM = 512
@@ -62,25 +67,53 @@ def choose_tile(
     return Tile(rows=rows, tokens=tokens, split=split, num_warps=num_warps, num_stages=num_stages)
 
 
+def choose_digit_tile(out_features: int, layout: Layout, num_blocks: int, num_processors: int) -> DigitTile:
+    """Return the tile of the kernel for few tokens, for compute capability 9.0; what most measured layers chose.
+
+    The bytes of two tokens for 32 elements, a plane of 3-bit codes, are too few for the copies of four warps.
+    """
+    tiles = -(-out_features // 64)
+    return DigitTile(
+        rows=64,
+        tokens=DIGITS_TO,
+        split=max(1, min(num_processors * 4 // tiles, num_blocks // 2)),
+        num_warps=4 if layout.bits >= 4 else 2,
+        num_stages=4 if layout.bits == 2 else 3,
+        overlap="late",
+    )
+
+
+def takes_digits(problem: LinearProblem, num_tokens: int, element_size: int, has_warpgroups: bool) -> bool:
+    """Return whether bytes are multiplied where no tile was measured.
+
+    They are where the kernel before the product does not show beside the weight, and where activations of 4 bytes
+    would take no tensor cores.
+    """
+    layout = layout_of(problem)
+    is_large = layout.bits < 8 and problem.out_features * problem.in_features >= LARGE
+    return (
+        has_warpgroups
+        and num_tokens <= DIGITS_TO
+        and layout.plane_k >= MIN_DIGIT_PLANE
+        and problem.in_features <= MAX_DIGIT_FEATURES
+        and (is_large or element_size == 4)
+    )
+
+
 @functools.lru_cache(maxsize=4096)
-def tile_for(
-    problem: LinearProblem, num_tokens: int, element_size: int, device: torch.device, takes_few: bool = True
-) -> Tile | FewTile:
+def tile_for(problem: LinearProblem, num_tokens: int, element_size: int, device: torch.device) -> Tile | DigitTile:
     """Return the measured tile of a layer, or the one that the rule gives."""
-    tile = measured.find(problem, num_tokens) if element_size == 2 else None
-    if isinstance(tile, Tile) or (tile is not None and takes_few):
+    tile = measured.find(problem, num_tokens)
+    if isinstance(tile, DigitTile) or (tile is not None and element_size == 2):
         return tile
     layout = layout_of(problem)
     num_blocks = -(-problem.in_features // layout.block_k)
-    return choose_tile(num_tokens, problem.out_features, layout, num_blocks, *processors(device), element_size)
-
-
-def tile_of(problem: LinearProblem, x: Tensor) -> Tile | FewTile:
-    """Return the tile for these activations."""
-    tile = tile_for(problem, x.shape[0], x.element_size(), x.device)
-    if isinstance(tile, FewTile) and tile.refuses(x, layout_of(problem)):
-        tile = tile_for(problem, x.shape[0], x.element_size(), x.device, False)
-    return tile
+    num_processors, has_warpgroups = processors(device)
+    if takes_digits(problem, num_tokens, element_size, has_warpgroups):
+        return choose_digit_tile(problem.out_features, layout, num_blocks, num_processors)
+    return choose_tile(
+        num_tokens, problem.out_features, layout, num_blocks, num_processors, has_warpgroups, element_size
+    )
 
 
 def is_decoded(x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> bool:
@@ -127,7 +160,8 @@ class Triton(Implementation):
         out_dtype: torch.dtype,
     ) -> Tensor:
         from quattuor.kernels.w4a16_linear.decode_kernel import launch_decode
-        from quattuor.kernels.w4a16_linear.triton_kernel import launch
+        from quattuor.kernels.w4a16_linear.digits import launch_digits
+        from quattuor.kernels.w4a16_linear.triton_kernel import launch as launch_tiles
 
         (x,) = inputs
         num_tokens = x.shape[0]
@@ -144,8 +178,7 @@ class Triton(Implementation):
             out = torch.empty(num_tokens, out_features, dtype=out_dtype, device=x.device)
             x = x if x.stride(1) == 1 else x.contiguous()
             bias = bias if bias is None else bias.contiguous()
-            tile = tile_of(problem, x)
-            if isinstance(tile, FewTile):  # no other layer needs Gluon
-                from quattuor.kernels.w4a16_linear.fragments import launch_fragments as launch
+            tile = tile_for(problem, num_tokens, x.element_size(), x.device)
+            launch = launch_digits if isinstance(tile, DigitTile) else launch_tiles
             launch(x, *weight, operand["arrivals"], bias, out, tile=tile, **kind)
         return out

@@ -4,14 +4,11 @@
 float16: a field at position p of 0x6400 is 1024 + 2^p code, since 0x6400 is 1024 and its last bit counts 1. One
 multiply-add with 2^-p leaves the code less its zero point. Positions up to 6 fit below the exponent, so that words
 are shifted once for many fields. bfloat16 has 7 bits: 0x4300 | code is 128 + code, and 8 bits come as two nibbles.
-
-Without the multiply-add, the field alone is the subnormal 2^(p - 24) code in float16, and 128 + code in bfloat16:
-one instruction for two codes, where the sum over the group is cheaper to correct than its operands.
 """
 
 import triton
 
-__all__ = ["arity", "assembly", "constraints", "position", "raw_assembly", "word_of"]
+__all__ = ["arity", "assembly", "constraints", "position", "word_of"]
 
 
 @triton.constexpr_function
@@ -96,13 +93,6 @@ def assembly(bits, plane, is_half, has_zero):
     lines += " mov.b32 one, " + pair(one) + ";"
     lines += " mov.b32 rest, " + (last if has_zero else pair(rest)) + "; fma.rn." + kind + " $0, t, one, rest;"
     return "{ .reg .b32 t, u, one, rest; " + lines + " }"
-
-
-@triton.constexpr_function
-def raw_assembly(bits, plane, is_half):
-    """Return the text for 2^(p - 24) code in float16, and for 128 + code of at most 7 bits in bfloat16."""
-    lines = field_text(bits, plane, is_half, pair(0 if is_half else 0x4300))
-    return "{ .reg .b32 t, u; " + lines + " mov.b32 $0, t; }"
 
 
 @triton.constexpr_function

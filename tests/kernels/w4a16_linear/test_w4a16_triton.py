@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The Triton kernel: interpreted against the reference, its machine code, and a CUDA device where there is one."""
 
-import dataclasses
 import os
 import subprocess
 import sys
@@ -18,7 +17,7 @@ from quattuor.errors import UnsupportedError
 from quattuor.kernels import w4a16_linear
 from quattuor.kernels.dispatch import LinearProblem, describe_device
 from quattuor.kernels.w4a16_linear.decode_kernel import decode_kernel
-from quattuor.kernels.w4a16_linear.planes import Tile, layout_of
+from quattuor.kernels.w4a16_linear.planes import layout_of
 from quattuor.kernels.w4a16_linear.triton import DECODED_FROM, choose_tile
 from quattuor.kernels.w4a16_linear.triton_kernel import w4a16_kernel
 
@@ -75,22 +74,6 @@ def test_float32_activations_fit_shared_memory(capability, bits):
     assert binary.count("STL") == binary.count("LDL") == 0
 
 
-@pytest.mark.parametrize("zero", [pytest.param(0, marks=pytest.mark.slow), 1])
-def test_raw_operands_take_products_instead_of_multiply_adds(zero):
-    layout = layout_of(problem(4, 128))
-    plain = Tile(rows=64, tokens=8, split=1, num_warps=4, num_stages=3)
-    binaries = [
-        compile_tile(90, "fp16", dataclasses.replace(plain, raw=raw), layout, 128, zero) for raw in (False, True)
-    ]
-    unpacking, products = ([b.count(opcode) for b in binaries] for opcode in (r"HFMA2|HADD2$", "HMMA"))
-    assert unpacking[0] >= 64 > 8 > unpacking[1]
-    assert products[1] == 2 * products[0]
-    for binary in binaries:
-        assert binary.count("STL") == binary.count("LDL") == 0
-        # four programs to a multiprocessor
-        assert binary.registers <= 128
-
-
 @pytest.mark.slow
 def test_decoding_is_compiled_for_both_dtypes():
     layout = layout_of(problem(3, 128))
@@ -142,8 +125,6 @@ def compile_tile(capability, dtype, tile, layout, group_size, zero):
         "HAS_BIAS": True,
         "IS_SPLIT": tile.split > 1,
         "EVEN_K": True,
-        "OVERLAP": 0,
-        "RAW": tile.raw and dtype != "fp32",
     }
     return compile_kernel(
         w4a16_kernel,

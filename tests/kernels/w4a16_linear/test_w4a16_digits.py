@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The kernels for few tokens: interpreted, their machine code, and a CUDA device if there is one."""
+
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from ahead_of_time import compile_kernel
+from test_w4a16_triton import SHARED_BYTES, kernel_constants, problem
+
+from quattuor.kernels import w4a16_linear
+from quattuor.kernels.dispatch import LinearProblem, describe_device
+from quattuor.kernels.w4a16_linear import measured
+from quattuor.kernels.w4a16_linear.digits import launch_digits
+from quattuor.kernels.w4a16_linear.digits.product_kernel import AHEAD, product_kernel
+from quattuor.kernels.w4a16_linear.planes import DigitTile, Tile, layout_of
+from quattuor.kernels.w4a16_linear.triton import choose_digit_tile, takes_digits
+
+
+def test_interpreted_kernels_are_close_to_float64():
+    program = Path(__file__).with_name("interpreted_digits.py")
+    env = os.environ | {"PYTHONPATH": str(Path(w4a16_linear.__file__).parents[3])}
+    result = subprocess.run([sys.executable, program], capture_output=True, text=True, check=False, env=env)
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert result.stdout.count("close") == 20
+    assert result.stdout.count("digits") == 3
+
+
+@pytest.mark.parametrize(
+    ("bits", "group_size", "zero"),
+    [
+        (4, 128, 0),
+        (3, 128, 0),
+        (2, 64, 1),
+        pytest.param(4, None, 0, marks=pytest.mark.slow),
+        pytest.param(3, 64, 2, marks=pytest.mark.slow),
+        pytest.param(8, 128, 1, marks=pytest.mark.slow),
+    ],
+)
+def test_machine_code(bits, group_size, zero):
+    layout = layout_of(problem(bits, group_size))
+    tile = choose_digit_tile(28672, layout, 8192 // layout.block_k, 132)
+    binary = compile_product(tile, layout, group_size, zero)
+    assert binary.stack_bytes == 0
+    assert binary.count("STL") == binary.count("LDL") == 0
+    assert binary.shared_bytes <= SHARED_BYTES[90]
+    steps = layout.planes * layout.plane_k // 32
+    products = steps * tile.rows // 16 // tile.num_warps
+    assert binary.count("IMMA.16832.S8.S8") == products
+    # words and digits come through asynchronous copies
+    assert binary.count("LDGSTS") > 0
+    assert binary.count("LDS.64") > 0
+
+
+def compile_product(tile, layout, group_size, zero):
+    """Compile the product for a tile, without a bias; `zero` as in `kernel_constants`."""
+    pointers = {
+        "digits": "*i8",
+        "unit": "*fp32",
+        "sums": "*fp32",
+        "packed": "*i16",
+        "scale": "*fp16",
+        "zero_point": ("*fp16", "*u8", "*fp32")[zero],
+        "bias": "*fp16",
+        "out": "*fp16",
+        "partial": "*fp32",
+        "arrivals": "*i32",
+    }
+    sizes = dict.fromkeys(("M", "N", "K_PADDED", "N_PADDED", "NUM_BLOCKS", "SPLIT"), "i32")
+    constants = kernel_constants(layout, group_size, zero) | {
+        "ROWS": tile.rows,
+        "TOKENS": tile.tokens,
+        "HAS_BIAS": False,
+        "IS_SPLIT": tile.split > 1,
+        "OVERLAP": 2,
+        "AHEAD": AHEAD,
+    }
+    return compile_kernel(
+        product_kernel,
+        pointers | sizes,
+        constants,
+        capability=90,
+        divisible=[*pointers, "N", "K_PADDED", "N_PADDED"],
+        num_warps=tile.num_warps,
+        num_stages=tile.num_stages,
+    )
+
+
+def test_digits_are_taken_for_few_tokens_of_large_layers_with_long_planes():
+    layer = problem(4, 128)
+    large = replace(layer, out_features=28672)
+    assert takes_digits(large, 2, 2, True)
+    assert not takes_digits(large, 3, 2, True)
+    assert not takes_digits(large, 1, 2, False)
+    assert not takes_digits(layer, 1, 2, True)
+    assert not takes_digits(replace(large, weight_bits=8), 1, 2, True)
+    # float32 has no other products on tensor cores
+    assert takes_digits(layer, 1, 4, True)
+    assert not takes_digits(problem(4, 16), 1, 4, True)
+    # the sum of a whole row must fit 32 bits: 2^17 products of -128 and -128 do not
+    assert takes_digits(replace(large, in_features=2**17 - 1), 1, 2, True)
+    assert not takes_digits(replace(large, in_features=2**17), 1, 2, True)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_tiles_split_no_block(bits):
+    layout = layout_of(problem(bits, 128))
+    for out_features, in_features in ((64, 512), (4096, 4096), (28672, 8192)):
+        num_blocks = -(-in_features // layout.block_k)
+        tile = choose_digit_tile(out_features, layout, num_blocks, 132)
+        assert 1 <= tile.split <= max(1, num_blocks // 2)
+
+
+def test_measured_layers_take_the_tile_that_was_faster():
+    layer = replace(problem(2, 128), out_features=28672, device_type="cuda", compute_capability=(9, 0))
+    assert isinstance(measured.find(layer, 1), DigitTile)
+    assert isinstance(measured.find(layer, 3), Tile)
+    # with zero points, that of the layer without where it was not measured
+    assert measured.find(replace(layer, zero_point=True), 1) == measured.find(layer, 1)
+    layer = replace(layer, weight_bits=4)
+    assert measured.find(replace(layer, zero_point=True), 1) != measured.find(layer, 1)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize(
+    "tile",
+    [
+        DigitTile(rows=64, tokens=2, split=1, num_warps=4, num_stages=3, overlap="late"),
+        DigitTile(rows=64, tokens=4, split=3, num_warps=4, num_stages=4, overlap="early"),
+        DigitTile(rows=32, tokens=2, split=2, num_warps=2, num_stages=3, overlap="none"),
+    ],
+    ids=["late", "early", "none"],
+)
+@pytest.mark.parametrize(
+    ("bits", "group_size", "zero"),
+    [
+        (4, 128, "integer"),
+        (4, None, "real"),
+        (3, 64, "none"),
+        (3, None, "integer"),
+        (2, 128, "real"),
+        (8, 128, "integer"),
+    ],
+)
+def test_gpu_tiles(tile, bits, group_size, zero):
+    num_tokens, out_features, in_features = 5, 391, 1300
+    low = -(2 ** (bits - 1)) if zero == "none" else 0
+    codes = torch.randint(low, low + 2**bits, (out_features, in_features), device="cuda")
+    layer = LinearProblem(
+        out_features=out_features,
+        in_features=in_features,
+        weight_bits=bits,
+        group_size=group_size,
+        zero_point=zero != "none",
+        activation_bits=16,
+        output_dtype=torch.float32,
+        **describe_device("cuda"),
+    )
+    codes = codes.to(torch.int8 if zero == "none" else torch.uint8)
+    scale = torch.randn(out_features, layer.num_groups, device="cuda")
+    zero_point = None
+    if zero != "none":
+        zero_point = torch.rand_like(scale) * 2**bits
+        zero_point = zero_point if zero == "real" else zero_point.floor()
+    x = torch.randn(2 * num_tokens, in_features, device="cuda").half()[::2]
+    bias = torch.randn(out_features, device="cuda")
+    operands = {name: w4a16_linear.plan(layer, force=name) for name in ("triton", "reference")}
+    prepared = {name: plan.prepare(codes, scale, zero_point) for name, plan in operands.items()}
+    plain = operands["reference"].linear(x, prepared["reference"], bias)
+    group_of_k = torch.arange(in_features, device="cuda") // (group_size or in_features)
+    offset = 0 if zero_point is None else zero_point[:, group_of_k].double()
+    exact = x.double() @ (scale[:, group_of_k].double() * (codes.double() - offset)).T + bias
+    tensors = prepared["triton"].layout("fields")
+
+    def run(x):
+        out = torch.full((num_tokens, out_features), torch.nan, device="cuda")
+        launch_digits(
+            x,
+            tensors["packed"],
+            tensors["scale"],
+            tensors.get("zero_point", tensors.get("offset")),
+            tensors["arrivals"],
+            bias,
+            out,
+            layout=layout_of(layer),
+            group_size=group_size,
+            tile=tile,
+        )
+        return out
+
+    out = run(x)
+    error, plain_error = ((result - exact).abs().max() for result in (out, plain))
+    assert error <= 4 * plain_error + 1e-6 * exact.abs().max()
+    assert all(torch.equal(run(x), out) for _ in range(3))
+    assert not tensors["arrivals"].any()
+    x[1, 3] = torch.inf
+    spoilt = run(x)
+    assert spoilt[1].isnan().all()
+    assert torch.equal(spoilt[2:], out[2:])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(x)
+    x[1, 3] = 0.5
+    graph.replay()
+    assert torch.equal(captured, run(x))
