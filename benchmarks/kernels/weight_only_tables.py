@@ -142,7 +142,7 @@ def compile_one(job: tuple[Table, int, str | None]) -> None:
 
 def compile_all(num_workers: int = 14, force: str | None = None) -> None:
     """Compile every kernel of the record; they serve every layer whose sizes are multiples of 1024."""
-    jobs = [(kind, num_tokens, force) for kind in FORMATS for num_tokens in (1, 4, 16, 64)]
+    jobs = [(kind, num_tokens, force) for kind in FORMATS for num_tokens in (1, 4, 16, 64, 1024)]
     with multiprocessing.get_context("spawn").Pool(num_workers) as pool:
         pool.map(compile_one, jobs, chunksize=1)
 
