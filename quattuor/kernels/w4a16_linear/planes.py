@@ -37,7 +37,7 @@ MAX_PLANE = {2: 64, 3: 32, 4: 64, 8: 64}
 MIN_PLANE = 16
 #: Rows that lie together in memory; the packed weight is padded to whole tiles of rows.
 TILE_ROWS = 128
-#: The longest plane below which the products of bytes, which take 32 elements, have none.
+#: The shortest plane of the kernel for few tokens, whose products take 32 elements of K.
 MIN_DIGIT_PLANE = 32
 #: The largest K whose int32 sum of products of bytes cannot overflow.
 MAX_DIGIT_FEATURES = 2**17 - 1

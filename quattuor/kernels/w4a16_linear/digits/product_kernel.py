@@ -250,7 +250,10 @@ def launch_digits(
     tile: DigitTile,
     interpret: bool = False,
 ) -> None:
-    """Fill `out` [M, N]; arguments as for `triton_kernel.launch`."""
+    """Fill `out` [M, N]; arguments as for `triton_kernel.launch`.
+
+    Where the tile overlaps kernels, no kernel still in flight may write the weight.
+    """
     num_tokens = x.shape[0]
     out_features = out.shape[1]
     num_tiles = triton.cdiv(out_features, tile.rows) * triton.cdiv(num_tokens, tile.tokens)
