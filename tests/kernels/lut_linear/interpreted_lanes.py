@@ -32,13 +32,13 @@ TOKEN = [
 ]
 #: Layer, shape, tokens and their dtype, warps for rows and for blocks.
 BATCH = [
-    ({"kind": "codebook", "bits": 4, "sparse": True}, (9, 300), 5, torch.float16, 1, 2),
+    ({"kind": "codebook", "bits": 4, "sparse": True}, (9, 300), 9, torch.float16, 1, 2),
     ({"kind": "codebook", "bits": 3, "group_size": 48}, (9, 200), 3, torch.float16, 1, 1),
     ({"kind": "codebook", "bits": 2}, (9, 100), 17, torch.bfloat16, 1, 1),
     ({"kind": "planes", "bits": 2, "group_size": 128, "offset": True}, (40, 200), 2, torch.bfloat16, 2, 1),
     (
         {"kind": "planes", "bits": 1, "sparse": True, "table_dtype": torch.float32},
-        (20, 264),
+        (9, 64),
         9,
         torch.float16,
         1,
