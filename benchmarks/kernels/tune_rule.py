@@ -3,8 +3,8 @@
 
     python -m benchmarks.kernels.tune_rule
 
-Prints, for each layer, granularity and token count of the record kernels_w4a8_tiles whose every tile was timed,
-the tile that `choose_hopper_tile` gives, and its latency over that of the fastest tile.
+Prints, for each layer, granularity and token count of the records kernels_w4a8_tiles and, for float16 scales,
+kernels_w4a8_unpacking, the tile that `choose_hopper_tile` gives, and its latency over that of the fastest tile.
 """
 
 from collections.abc import Iterator
@@ -17,9 +17,7 @@ from quattuor.kernels.w4a8_linear.planes import HopperTile
 
 __all__ = ["Cost", "costs", "main"]
 
-RECORD = "kernels_w4a8_tiles"
-#: The first step of the notebook that timed tiles of the kernel as it is cut today.
-STEPS = ("third",)
+GROUPS = {"channel": None, "group128": 128, "group128_float": 128}
 PROCESSORS = 132
 
 
@@ -46,18 +44,28 @@ def key_of(row: dict) -> tuple:
     return tuple(row[name] for name in names)
 
 
+def timed_rows() -> Iterator[dict]:
+    """Yield the tiles of the Hopper kernel that were timed as it is cut and unpacks today."""
+    for row in record.read("kernels_w4a8_tiles")["rows"]:
+        if row["step"] == "third" and row["implementation"] == "gluon":
+            yield row
+    for row in record.read("kernels_w4a8_unpacking")["rows"]:
+        if row["granularity"] == "group128_float" and row["unpacking"] == "behind_the_wait":
+            yield row
+
+
 def costs() -> Iterator[Cost]:
-    """Yield every case with more than 64 tokens; up to there most layers take the Triton kernel."""
+    """Yield every case that the rule for the Hopper kernel decides: up to 64 tokens most layers take Triton."""
     cases: dict[tuple, dict[tuple, float]] = {}
-    for row in record.read(RECORD)["rows"]:
-        if row["step"] in STEPS and row["implementation"] == "gluon" and row["m"] > 64:
+    for row in timed_rows():
+        if row["m"] > 64 or row["granularity"] == "group128_float":
             case = cases.setdefault((row["n"], row["k"], row["m"], row["granularity"]), {})
             case[key_of(row)] = row["latency_us"]
     for (n, k, m, granularity), timed in sorted(cases.items()):
         problem = LinearProblem(
             out_features=n,
             in_features=k,
-            group_size=None if granularity == "channel" else 128,
+            group_size=GROUPS[granularity],
             integer_group_scale=granularity == "group128",
         )
         tile = choose_hopper_tile(m, problem, PROCESSORS)
@@ -69,11 +77,10 @@ def main() -> None:
     """Print a line for each case, the costly ones last."""
     for cost in sorted(costs(), key=lambda cost: cost.over_fastest or 0.0):
         tile = cost.tile
-        over = "not timed" if cost.over_fastest is None else f"{cost.over_fastest:.3f}"
-        print(
-            f"{cost.n}x{cost.k} {cost.granularity} {cost.m}: {tile.rows} x {tile.tokens}, {tile.cut}"
-            f": {cost.latency_us} us, {over} of the fastest"
-        )
+        over = "it was not timed"
+        if cost.over_fastest is not None:
+            over = f"{cost.latency_us} us, {cost.over_fastest:.3f} of the fastest"
+        print(f"{cost.n}x{cost.k} {cost.granularity} {cost.m}: {tile.rows} x {tile.tokens}, {tile.cut}: {over}")
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ def test_the_rule_costs_little_where_every_tile_was_timed():
     worst = max(found, key=lambda cost: cost.over_fastest)
     assert worst.over_fastest <= 1.06, worst
     assert sum(cost.over_fastest for cost in found) <= 1.02 * len(found)
+    assert {cost.granularity for cost in found} == {"channel", "group128", "group128_float"}
 
 
 @pytest.mark.parametrize("fields", MODES)
