@@ -104,7 +104,8 @@ def w4a16_kernel(
         scales = load_groups(row_scale, first, N_PADDED, PIECES, BLOCK_K, GROUP, False)
     for block in range(first, last):
         words = load_words(weight, block, WORDS, PLANE_K)
-        if ASM and IS_GROUPED:
+        # products of float32 leave no registers for the addresses
+        if ASM and IS_GROUPED and dtype != tl.float32:
             far = tl.minimum(block + FAR, last - 1)
             prefetch_groups(tile_scale, far, N_PADDED, ROWS, PIECES, BLOCK_K, GROUP)
             if ZERO != MIDDLE:
