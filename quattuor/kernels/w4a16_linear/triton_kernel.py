@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from quattuor.kernels.launch import launcher
+from quattuor.kernels.tiles import join_parts, store_tile
 from quattuor.kernels.w4a16_linear.decode_kernel import (
     FAR,
     INTEGER,
@@ -139,24 +140,13 @@ def w4a16_kernel(
 
     is_last = True
     if IS_SPLIT:
-        offset = tl.arange(0, ROWS)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
-        slabs = partial + tile.to(tl.int64) * (SPLIT * ROWS * TOKENS)
-        tl.store(slabs + part * (ROWS * TOKENS) + offset, acc)
-        tl.debug_barrier()
-        is_last = tl.atomic_add(arrivals + tile, 1, sem="acq_rel") == SPLIT - 1
-        if is_last:
-            acc = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
-            for other in range(SPLIT):
-                acc += tl.load(slabs + other * (ROWS * TOKENS) + offset, cache_modifier=".cg")
-            tl.store(arrivals + tile, 0)
+        is_last, acc = join_parts(acc, partial, arrivals, tile, part, SPLIT, ROWS, TOKENS)
     if is_last:
         if not IS_GROUPED:
             acc = acc * tl.load(row_scale).to(tl.float32)[:, None]
         if HAS_BIAS:
             acc = acc + tl.load(bias + row, mask=row < N, other=0.0).to(tl.float32)[:, None]
-        where = out + token[None, :].to(tl.int64) * N + row[:, None]
-        mask = (token[None, :] < M) & (row[:, None] < N)
-        tl.store(where, acc.to(out.dtype.element_ty), mask=mask)
+        store_tile(out, acc, row, token, M, N)
 
 
 def launch(

@@ -15,6 +15,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quattuor.kernels.launch import launcher
+from quattuor.kernels.tiles import join_parts, store_tile
 from quattuor.kernels.w4a8_linear.narrow import BLOCKS
 from quattuor.kernels.w4a8_linear.planes import Tile
 from quattuor.kernels.w4a8_linear.unpacking import (
@@ -288,18 +289,9 @@ def w4a8_kernel(
 
     if OVERLAP == LATE:
         gdc_launch_dependents()
-    offset = tl.arange(0, ROWS)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
     is_last = True
     if IS_SPLIT:
-        slabs = partial + tile.to(tl.int64) * (SPLIT * ROWS * TOKENS)
-        tl.store(slabs + part * (ROWS * TOKENS) + offset, acc)
-        tl.debug_barrier()
-        is_last = tl.atomic_add(arrivals + tile, 1, sem="acq_rel") == SPLIT - 1
-        if is_last:
-            acc = tl.zeros((ROWS, TOKENS), dtype=tl.int32)
-            for other in range(SPLIT):
-                acc += tl.load(slabs + other * (ROWS * TOKENS) + offset, cache_modifier=".cg")
-            tl.store(arrivals + tile, 0)
+        is_last, acc = join_parts(acc, partial, arrivals, tile, part, SPLIT, ROWS, TOKENS)
     if is_last:
         if HAS_ZERO_POINT:
             zero = tl.load(x_zero_point + token, mask=token < M, other=0).to(tl.int32)
@@ -307,9 +299,7 @@ def w4a8_kernel(
         result = acc.to(tl.float32) * row_scale[:, None] * token_scale[None, :]
         if HAS_BIAS:
             result = result + tl.load(bias + row, mask=row < N, other=0.0).to(tl.float32)[:, None]
-        where = out + token[None, :].to(tl.int64) * N + row[:, None]
-        mask = (token[None, :] < M) & (row[:, None] < N)
-        tl.store(where, result.to(out.dtype.element_ty), mask=mask)
+        store_tile(out, result, row, token, M, N)
 
 
 def launch(

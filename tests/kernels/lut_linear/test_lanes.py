@@ -167,7 +167,7 @@ def test_machine_code_for_one_token(capability, kind, bits, unit, most):
     constants |= {"HAS_OFFSET": is_planes, "HAS_SPARSE": not is_planes, "HAS_BIAS": True}
     constants |= {"WAITS": capability == 90, "ASM": True}
     binary = compiled(token_kernel, kind, capability, constants, 4)
-    assert binary.stack_bytes <= 32
+    assert binary.stack_bytes <= (32 if bits <= 4 else 48)  # the scales of six planes do not all stay in registers
     # per block of 256 elements: eight steps of each plane, or of both bytes of entries and both halves of sixteen
     assert binary.count("IMMA") == 8 * (bits if is_planes else 4 if bits == 4 else 2)
     assert loop_length(binary, "IMMA") <= most * 128

@@ -13,6 +13,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quattuor.kernels.launch import launcher
+from quattuor.kernels.tiles import join_parts, store_tile
 from quattuor.kernels.w4a8_linear.triton_kernel import EARLY, LATE, NONE, OVERLAPS, prefetch_bytes
 from quattuor.kernels.w4a16_linear.decode_kernel import (
     FAR,
@@ -211,16 +212,7 @@ def product_kernel(
     y = tl.sum(tl.reshape(acc * weight_of_half[None, :], (ROWS, TOKENS, 2)), axis=2)
     is_last = True
     if IS_SPLIT:
-        offset = tl.arange(0, ROWS)[:, None] * TOKENS + tl.arange(0, TOKENS)[None, :]
-        slabs = partial + tile.to(tl.int64) * (SPLIT * ROWS * TOKENS)
-        tl.store(slabs + part * (ROWS * TOKENS) + offset, y)
-        tl.debug_barrier()
-        is_last = tl.atomic_add(arrivals + tile, 1, sem="acq_rel") == SPLIT - 1
-        if is_last:
-            y = tl.zeros((ROWS, TOKENS), dtype=tl.float32)
-            for other in range(SPLIT):
-                y += tl.load(slabs + other * (ROWS * TOKENS) + offset, cache_modifier=".cg")
-            tl.store(arrivals + tile, 0)
+        is_last, y = join_parts(y, partial, arrivals, tile, part, SPLIT, ROWS, TOKENS)
     if is_last:
         if not IS_GROUPED:
             if HAS_ZERO:
@@ -231,9 +223,7 @@ def product_kernel(
         y *= (tl.load(unit + token, mask=token < M, other=0.0) * (1.0 / (1 << (8 - BITS))))[None, :]
         if HAS_BIAS:
             y += tl.load(bias + row, mask=row < N, other=0.0).to(tl.float32)[:, None]
-        where = out + token[None, :].to(tl.int64) * N + row[:, None]
-        mask = (token[None, :] < M) & (row[:, None] < N)
-        tl.store(where, y.to(out.dtype.element_ty), mask=mask)
+        store_tile(out, y, row, token, M, N)
 
 
 def launch_digits(
