@@ -27,6 +27,7 @@ from quattuor.kernels.lut_linear.lanes.layout import ONE_GROUP, TILE_ROWS, unit_
 from quattuor.kernels.lut_linear.lanes.steps import load_block, start_sums
 from quattuor.kernels.lut_linear.lanes.weights import load_numbers, weights_of
 from quattuor.kernels.lut_linear.problem import LutProblem
+from quattuor.kernels.tiles import store_tile
 
 __all__ = ["batch_kernel", "launch"]
 
@@ -224,8 +225,7 @@ def batch_kernel(
     y = joined(sums, TILES, ROW_WARPS, K_WARPS) * tl.load(unit + token)[None, :]
     if HAS_BIAS:
         y += tl.load(bias + every, mask=every < N, other=0.0).to(tl.float32)[:, None]
-    where = out + token[None, :].to(tl.int64) * N + every[:, None]
-    tl.store(where, y.to(out.dtype.element_ty), mask=(token[None, :] < M) & (every[:, None] < N))
+    store_tile(out, y, every, token, M, N)
 
 
 def launch(
