@@ -6,10 +6,11 @@
         [--warm] [--profile 1,64]
 
 Weights are random, so no model is needed; what they are does not change how long they take. Each format runs in a
-process of its own and is ended after its timeout. The record is written again after each row. `end_to_end_s` is
-the median time of a batch, `prefill_s` of the same batch with one output token: the time to the first token.
-Settings are the same for every format; CUDA graphs are captured for the batches and for one prompt. `weights_gib`
-is what the engine says that the model takes: a format that was not applied shows there.
+process of its own, which has its timeout once to start and once more for its rows. The record is written again
+after each row. `end_to_end_s` is the median time of a batch, `prefill_s` of the same batch with one output token:
+the time to the first token. Settings are the same for every format; CUDA graphs are captured for the batches and
+for one prompt. `weights_gib` is what the engine says that the model takes: a format that was not applied shows
+there.
 
 `--warm` only starts the engines of all formats, a few side by side, and so fills their compile caches; the device
 needs memory for the weights and the largest batch of each. `--profile` adds the kernels of one decode step of
@@ -38,6 +39,8 @@ __all__ = ["RECORD", "main"]
 RECORD, KERNELS = "serve_vllm", "serve_vllm_kernels"
 #: What the engine says when the weights lie on the device.
 LOADED = re.compile(r"Model loading took ([\d.]+) GiB")
+#: What the worker says when it begins to time batches.
+READY = re.compile(r": engine ready after [\d.]+ s$")
 _COMMAND = (sys.executable, "-m", "benchmarks.end_to_end.serve_vllm")
 
 
@@ -81,7 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--input", type=int, default=1024)
     parser.add_argument("--output", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=2)
-    parser.add_argument("--timeout", type=float, default=150.0, help="seconds for each format")
+    parser.add_argument(
+        "--timeout", type=float, default=150.0, help="seconds for each format to start, and for its rows"
+    )
     parser.add_argument("--devices", type=int, default=1, help="tensor parallelism")
     parser.add_argument("--json", type=Path, help="write the record here, not to benchmarks/results")
     parser.add_argument("--append", action="store_true", help="keep the rows of other formats in the record")
@@ -141,16 +146,20 @@ def _warm_one(name: str, options: argparse.Namespace) -> bool:
 
 
 def _worker_lines(name: str, options: argparse.Namespace) -> Iterator[str]:
-    """Run one format in a process of its own, echo its output, and end it after its timeout."""
+    """Run one format in a process of its own, echo its output, and end it when its time is up."""
     process = _start(name, options, [])
-    ended = threading.Timer(options.timeout, _end, [process])
-    ended.start()
+    end = threading.Timer(options.timeout, _end, [process])
+    end.start()
     assert process.stdout is not None, "a pipe was asked for"
     for line in process.stdout:
+        if READY.search(line):
+            end.cancel()
+            end = threading.Timer(options.timeout, _end, [process])
+            end.start()
         print(line, end="", flush=True)
         yield line.rstrip("\n")
     process.wait()
-    ended.cancel()
+    end.cancel()
     print(f"-- {name}: exit status {process.returncode}", flush=True)
 
 

@@ -120,6 +120,22 @@ def test_rows_are_recorded_as_they_come_and_a_silent_format_fails(
     assert json.loads(target.read_text())["rows"] == [row]
 
 
+def test_a_slow_start_takes_no_time_from_the_rows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = tmp_path / "worker.py"
+    worker.write_text(
+        "import time\n"
+        "time.sleep(1.5)\n"
+        "print('fp16: engine ready after 1.5 s', flush=True)\n"
+        "time.sleep(1.5)\n"
+        'print(\'ROW {"shape": "llama-2-13b", "format": "fp16", "batch": 1}\', flush=True)\n'
+        "time.sleep(60)\n"
+    )
+    monkeypatch.setattr(serve_vllm, "_COMMAND", (sys.executable, str(worker)))
+    target = tmp_path / "serve.json"
+    assert serve_vllm.main(["--formats", "fp16", "--timeout", "2.5", "--json", str(target)]) == 0
+    assert len(json.loads(target.read_text())["rows"]) == 1
+
+
 def test_engines_warm_up_side_by_side_and_a_stuck_one_is_ended(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
