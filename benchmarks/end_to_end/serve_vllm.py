@@ -134,8 +134,7 @@ def _warm(names: Sequence[str], options: argparse.Namespace) -> int:
 def _warm_one(name: str, options: argparse.Namespace) -> bool:
     started = time.perf_counter()
     process = _start(name, options, ["--only-start"])
-    end = threading.Timer(options.timeout, _end, [process])
-    end.start()
+    end = _end_after(options.timeout, process)
     output, _ = process.communicate()
     end.cancel()
     if process.returncode:
@@ -148,14 +147,12 @@ def _warm_one(name: str, options: argparse.Namespace) -> bool:
 def _worker_lines(name: str, options: argparse.Namespace) -> Iterator[str]:
     """Run one format in a process of its own, echo its output, and end it when its time is up."""
     process = _start(name, options, [])
-    end = threading.Timer(options.timeout, _end, [process])
-    end.start()
+    end = _end_after(options.timeout, process)
     assert process.stdout is not None, "a pipe was asked for"
     for line in process.stdout:
         if READY.search(line):
             end.cancel()
-            end = threading.Timer(options.timeout, _end, [process])
-            end.start()
+            end = _end_after(options.timeout, process)
         print(line, end="", flush=True)
         yield line.rstrip("\n")
     process.wait()
@@ -186,6 +183,13 @@ def _start(name: str, options: argparse.Namespace, more: Sequence[str]) -> "subp
         env=environment,
         start_new_session=True,
     )
+
+
+def _end_after(seconds: float, process: "subprocess.Popen[str]") -> threading.Timer:
+    """Return a timer that runs and then ends the process."""
+    end = threading.Timer(seconds, _end, [process])
+    end.start()
+    return end
 
 
 def _end(process: "subprocess.Popen[str]") -> None:
