@@ -145,8 +145,7 @@ def _eight_bits(kind: str, form: str) -> Callable[[int], Mapping[str, Any]]:
 
 
 def _humming(_: int) -> Mapping[str, Any]:
-    weights = _side(4, "int", "channel", dynamic=False)
-    return _compressed(weights, _side(8, "int", "token", dynamic=True), "pack-quantized")
+    return {"quant_method": "humming", "a_dtype": "int8", "b_dtype": "int4", "weight_scale_group_size": 0}
 
 
 FORMATS: dict[str, Format] = {

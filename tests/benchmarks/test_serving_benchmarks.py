@@ -28,7 +28,8 @@ def test_ours_quantizes_every_linear_of_the_blocks(shape: str, tmp_path: Path) -
 def test_only_fp16_is_not_quantized() -> None:
     methods = {name: model_config("llama-2-13b", name).get("quantization_config") for name in FORMATS}
     assert [name for name, method in methods.items() if method is None] == ["fp16"]
-    for name in ("w8a8", "fp8", "w4a8_humming"):
+    assert (methods["w4a8_humming"]["a_dtype"], methods["w4a8_humming"]["b_dtype"]) == ("int8", "int4")
+    for name in ("w8a8", "fp8"):
         group = methods[name]["config_groups"]["group_0"]
         assert group["format"] == methods[name]["format"]
         assert group["input_activations"]["dynamic"] is True
