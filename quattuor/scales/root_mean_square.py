@@ -12,7 +12,10 @@ from quattuor.formats.base import Format, Parameters
 from quattuor.formats.mid_rise import MidRise
 from quattuor.scales.base import ScaleDtype, ScaleRule, round_scale
 
-__all__ = ["RootMeanSquare"]
+__all__ = ["NORMAL_MULTIPLES", "RootMeanSquare"]
+
+NORMAL_MULTIPLES = {2: 1.4935, 3: 2.0511, 4: 2.5140, 5: 2.9162, 6: 3.2780, 7: 3.6111, 8: 3.9222}
+"""Where the outermost of 2^bits even levels lie for the least squared error of a normal variable."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -24,26 +27,28 @@ class RootMeanSquare(ScaleRule):
     A group of zeros has the smallest scale that can be stored, since no level is zero.
 
     Args:
-        multiple: Where the outermost levels lie, in root mean squares.
+        multiple: Where the outermost levels lie, in root mean squares; None for where a normal variable has the
+            least error at the format's width.
         scale_dtype: How the scale is stored, and therefore rounded.
 
     References:
-        Chee et al., 2023, arXiv:2307.13304, algorithm 1 (code: rho = 2.4).
+        Chee et al., 2023, arXiv:2307.13304, algorithm 1 (code: rho = 2.4). None: Max, 1960, Quantizing for minimum
+        distortion, table II.
     """
 
-    multiple: float = 2.4
+    multiple: float | None = 2.4
     scale_dtype: ScaleDtype = "float32"
 
     def __post_init__(self) -> None:
         """Reject levels that all coincide."""
-        if not 0 < self.multiple < 1e3:
+        if self.multiple is not None and not 0 < self.multiple < 1e3:
             raise InputError(
                 compose(
                     subject="multiple",
                     value=self.multiple,
                     constraint="is not a positive number of root mean squares",
                     place="RootMeanSquare",
-                    remedy="use 2.4, the authors' choice",
+                    remedy="use 2.4, the authors' choice, or None, the best of a normal variable",
                 )
             )
 
@@ -69,5 +74,6 @@ class RootMeanSquare(ScaleRule):
         """Return `scale`. Ignores the importance."""
         self.check(number_format)
         rms = values.square().mean(dim=-1).sqrt()
-        scale = 2 * self.multiple * rms / (2**number_format.bits - 1)
+        multiple = NORMAL_MULTIPLES[number_format.bits] if self.multiple is None else self.multiple
+        scale = 2 * multiple * rms / (2**number_format.bits - 1)
         return Parameters(scale=round_scale(scale.clamp(min=torch.finfo(scale.dtype).tiny), self.scale_dtype))

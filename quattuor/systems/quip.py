@@ -17,9 +17,10 @@ def quip(
     bits: int = 2,
     *,
     kind: Literal["orthogonal", "hadamard"] = "orthogonal",
-    multiple: float = 2.4,
+    multiple: float | None = 2.4,
     order: Literal["activation", "natural"] = "natural",
     num_passes: int = 0,
+    sequential: bool = False,
     damping: float = 0.0201,
 ) -> Recipe:
     """QuIP: make weight and Hessian incoherent, then round with linear feedback (LDLQ, which is GPTQ).
@@ -27,9 +28,11 @@ def quip(
     Args:
         bits: Width of a weight, 2 to 8; the paper has 2, 3 and 4.
         kind: Random orthogonal Kronecker factors, as in the paper, or Hadamard factors with random signs.
-        multiple: Where the outermost levels lie, in root mean squares of the matrix.
+        multiple: Where the outermost levels lie, in root mean squares of the matrix; None for where normal numbers
+            have the least error at this width: 1.49, 2.05 and 2.51 for 2, 3 and 4 bits.
         order: Columns as they are, or by descending diagonal of the Hessian ("activation").
         num_passes: Greedy passes over all columns after the feedback; with order "activation" this is LDLQ-RG.
+        sequential: Collect the inputs of each site after the earlier ones of its block are quantized.
         damping: Added to the Hessian's diagonal, as a fraction of its mean; the authors add 0.01 twice.
 
     References:
@@ -47,4 +50,5 @@ def quip(
             solver=solver,
             transform=Incoherence(kind=kind),
         ),
+        sequential=sequential,
     )

@@ -50,7 +50,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
     "quip": [
         *({"bits": bits} for bits in range(2, 9)),
         {"kind": "hadamard", "multiple": 2.0},
-        {"order": "activation", "num_passes": 2},
+        {"order": "activation", "num_passes": 2, "multiple": None, "sequential": True},
         {"damping": 0.1},
     ],
     "gptq": [

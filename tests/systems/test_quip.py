@@ -67,6 +67,8 @@ def test_options() -> None:
     assert weights.number_format == MidRise(4)
     assert weights.transform == Incoherence(kind="hadamard")
     assert weights.scales == RootMeanSquare(multiple=2.0)
+    assert quip(3, multiple=None).weights.scales == RootMeanSquare(multiple=None)
+    assert (quip().sequential, quip(sequential=True).sequential) == (False, True)
     start = GPTQ(damping=0.0201, order="activation")
     assert weights.solver == CoordinateDescent(start=start, num_passes=3, refit=False, damping=0.0201)
 
@@ -123,6 +125,16 @@ def test_greedy_passes_never_raise_the_damped_error() -> None:
         errors.append(hessian_error(weight, decoded, damped(hessian, 0.0201)))
     assert all(after <= before * (1 + 1e-6) for before, after in pairwise(errors))
     assert errors[-1] < 0.98 * errors[0]
+
+
+def test_levels_of_normal_numbers_and_greedy_passes_each_lower_the_error_at_2_bits() -> None:
+    """In a random basis entries are near normal, for which the authors' 2.4 root mean squares reach too far."""
+    weight, hessian = problem(64, 96)
+    items, statistics = [WeightToQuantize(name="linear", weight=weight.float())], {"hessian": hessian.float()}
+    options = ({}, {"multiple": None}, {"multiple": None, "num_passes": 3, "order": "activation"})
+    errors = [quip(2, **each).weights.solve(items, statistics)[0].error for each in options]
+    assert errors[1] < 0.75 * errors[0]
+    assert errors[2] < 0.8 * errors[1]
 
 
 def test_incoherence_beats_column_feedback_where_entries_are_concentrated() -> None:
