@@ -26,7 +26,7 @@ Row = dict[str, str | int | float | bool | None]
 
 
 def settings(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments of the engine, the same for every format but for its key-value cache."""
+    """Return the arguments of the engine, the same for every format but for its key-value cache and the dtype that asks for."""
     memory = {"gpu_memory_utilization": 0.9}
     if options.only_start:  # beside the other formats; neither setting is in the key of the compile cache
         memory = {"gpu_memory_utilization": 0.3, "num_gpu_blocks_override": 128}
@@ -35,7 +35,7 @@ def settings(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
         "model": str(folder),
         "skip_tokenizer_init": True,
         "load_format": "dummy",
-        "dtype": "float16",
+        "dtype": FORMATS[options.worker].dtype,
         "kv_cache_dtype": FORMATS[options.worker].kv_cache_dtype,
         "seed": 0,
         "max_model_len": options.input + options.output,

@@ -81,10 +81,12 @@ class Format:
         quantization: From the number of blocks to the `quantization_config`; None for floating point.
         environment: Variables that the engine needs.
         kv_cache_dtype: How the engine stores keys and values; "auto" is the type of the activations.
+        dtype: Of the activations; the engine's attention reads 8-bit keys and values for bfloat16 alone.
     """
 
     quantization: Callable[[int], Mapping[str, Any]] | None = None
     kv_cache_dtype: str = "auto"
+    dtype: str = "float16"
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -151,13 +153,15 @@ def _humming(_: int) -> Mapping[str, Any]:
 FORMATS: dict[str, Format] = {
     "quattuor_w4a8": Format(quantization=_ours),
     "quattuor_w4a8_g128": Format(quantization=lambda blocks: _ours(blocks, 128)),
-    "quattuor_w4a8_kv8": Format(quantization=_ours, kv_cache_dtype="fp8"),
+    "quattuor_w4a8_kv8": Format(quantization=_ours, kv_cache_dtype="fp8", dtype="bfloat16"),
     "quattuor_w4a8_unfused": Format(quantization=_ours, environment={FUSE_VARIABLE: "0"}),
     "quattuor_w4a8_compiler": Format(quantization=_ours, environment={FUSE_VARIABLE: "compiler"}),
     "fp16": Format(),
     "w8a8": Format(quantization=_eight_bits("int", "int-quantized")),
     "fp8": Format(quantization=_eight_bits("float", "float-quantized")),
-    "fp8_kv8": Format(quantization=_eight_bits("float", "float-quantized"), kv_cache_dtype="fp8"),
+    "fp8_kv8": Format(
+        quantization=_eight_bits("float", "float-quantized"), kv_cache_dtype="fp8", dtype="bfloat16"
+    ),
     "w4a16": Format(quantization=_gptq),
     "w4a8_marlin": Format(
         quantization=_gptq,
@@ -170,7 +174,8 @@ FORMATS: dict[str, Format] = {
 
 def model_config(shape: str, name: str) -> dict[str, Any]:
     """Return the config.json of a shape in a format."""
-    config = {**_COMMON, **SHAPES[shape], "torch_dtype": "float16", "bos_token_id": 1, "eos_token_id": 2}
+    config = {**_COMMON, **SHAPES[shape], "bos_token_id": 1, "eos_token_id": 2}
+    config["torch_dtype"] = FORMATS[name].dtype
     make = FORMATS[name].quantization
     if make is not None:
         config["quantization_config"] = dict(make(config["num_hidden_layers"]))

@@ -86,6 +86,7 @@ def variants() -> list[Variant]:
             Variant(system="awq", bits=bits, options={**grouped, "max_sequences": AWQ_SEQUENCES}),
         ]
     small = {"group_size": GROUP_SIZE, "outlier_threshold": 0.5, "damping": 0.05}
+    greedy = {"multiple": None, "num_passes": 3, "order": "activation"}
     return [
         *listed,
         Variant(system="spqr", bits=3, options=small),
@@ -99,6 +100,14 @@ def variants() -> list[Variant]:
         Variant(system="squeezellm", bits=3, options={"sensitive_share": 0.0, "large_share": 0.0}),
         Variant(system="spqr", bits=3, options={"damping": 0.05}),
         Variant(system="quip", bits=2, options={"kind": "hadamard"}),
+        *(Variant(system="quip", bits=bits, options=greedy) for bits in (2, 3, 4)),
+        Variant(system="quip", bits=2, options={"multiple": None}),
+        Variant(system="quip", bits=2, options={**greedy, "sequential": True}),
+        *(
+            Variant(system="gptq", bits=2, options={"group_size": size, "clip": "weighted"})
+            for size in (192, None, GROUP_SIZE)
+        ),
+        Variant(system="gptq", bits=3, options={**grouped, "clip": "weighted"}),
     ]
 
 

@@ -35,6 +35,12 @@ def test_only_fp16_is_not_quantized() -> None:
         assert group["input_activations"]["dynamic"] is True
 
 
+def test_only_eight_bit_keys_and_values_take_bfloat16() -> None:
+    for name, form in FORMATS.items():
+        wanted = "bfloat16" if form.kv_cache_dtype == "fp8" else "float16"
+        assert model_config("llama-2-13b", name)["torch_dtype"] == form.dtype == wanted
+
+
 def test_gptq_names_its_layers_since_random_weights_have_no_file() -> None:
     for name in ("w4a16", "w4a8_marlin"):
         config = model_config("llama-2-13b", name)["quantization_config"]
