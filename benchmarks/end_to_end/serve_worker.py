@@ -26,7 +26,7 @@ Row = dict[str, str | int | float | bool | None]
 
 
 def settings(folder: Path, options: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments of the engine, the same for every format but for its key-value cache and the dtype that asks for."""
+    """Return the arguments of the engine, the same for every format but for its cache and the dtype of that."""
     memory = {"gpu_memory_utilization": 0.9}
     if options.only_start:  # beside the other formats; neither setting is in the key of the compile cache
         memory = {"gpu_memory_utilization": 0.3, "num_gpu_blocks_override": 128}

@@ -166,6 +166,8 @@ def test_settings_differ_between_formats_in_nothing_but_the_cache(tmp_path: Path
     settings = [serve_worker.settings(tmp_path, options) for options in arguments]
     caches = {name: one.pop("kv_cache_dtype") for name, one in zip(FORMATS, settings, strict=True)}
     assert {name for name, cache in caches.items() if cache != "auto"} == {"quattuor_w4a8_kv8", "fp8_kv8"}
+    dtypes = {name: one.pop("dtype") for name, one in zip(FORMATS, settings, strict=True)}
+    assert dtypes == {name: form.dtype for name, form in FORMATS.items()}
     assert all(one == settings[0] for one in settings)
     assert settings[0]["compilation_config"]["cudagraph_capture_sizes"] == [1, 16, 1024]
 
