@@ -3,9 +3,9 @@
 
     python -m benchmarks.end_to_end.incoherence MODEL [--data DIR] [--bits 2 3 4] [--blocks 1 8 15 22]
 
-DIR holds `passages.txt`. Hessians are those of the original model. A row is one way to quantize, in the
-model's own basis or in a random one; `relative_error` is the geometric mean over the linears of
-tr(D H D^T) / tr(W H W^T) with D = W - Q, and `worst_error` the largest. Runs on the CPU.
+DIR holds `passages.txt`. Hessians are those of the original model. A row is one way to quantize, in the model's
+own basis, with the inputs turned, or with inputs and outputs turned; `relative_error` is the geometric mean over the
+linears of tr(D H D^T) / tr(W H W^T) with D = W - Q, and `worst_error` the largest. Runs on the CPU.
 """
 
 import argparse
@@ -68,9 +68,11 @@ def ways(bits: int) -> list[Way]:
             assert weights is not None, "every system has weights"
             plain = replace(weights, transform=None, granularity=PerChannel())
             listed.append(_own(levels, rounding, "row", plain))
-            listed.append(
-                Way(basis="random", levels=levels, rounding=rounding, scale_of="matrix", weights=weights)
-            )
+            inputs = quip(bits, outputs=False, multiple=multiple, **options).weights  # type: ignore[arg-type]
+            assert inputs is not None, "every system has weights"
+            words = {"levels": levels, "rounding": rounding}
+            listed.append(Way(basis="random inputs", scale_of="row", weights=inputs, **words))
+            listed.append(Way(basis="random", scale_of="matrix", weights=weights, **words))
     return listed
 
 

@@ -100,7 +100,11 @@ def variants() -> list[Variant]:
         Variant(system="squeezellm", bits=3, options={"sensitive_share": 0.0, "large_share": 0.0}),
         Variant(system="spqr", bits=3, options={"damping": 0.05}),
         Variant(system="quip", bits=2, options={"kind": "hadamard"}),
-        *(Variant(system="quip", bits=bits, options=greedy) for bits in (2, 3, 4)),
+        *(
+            Variant(system="quip", bits=bits, options=options)
+            for bits in (2, 3, 4)
+            for options in (greedy, {"outputs": False, **greedy})
+        ),
         Variant(system="quip", bits=2, options={"multiple": None}),
         Variant(system="quip", bits=2, options={**greedy, "sequential": True}),
         *(

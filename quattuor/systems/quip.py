@@ -4,7 +4,7 @@
 from typing import Literal
 
 from quattuor.formats import MidRise
-from quattuor.granularity import PerTensor
+from quattuor.granularity import PerChannel, PerTensor
 from quattuor.recipe import Recipe
 from quattuor.scales import RootMeanSquare
 from quattuor.solvers import GPTQ, CoordinateDescent, Solver, WeightQuantizer
@@ -17,6 +17,7 @@ def quip(
     bits: int = 2,
     *,
     kind: Literal["orthogonal", "hadamard"] = "orthogonal",
+    outputs: bool = True,
     multiple: float | None = 2.4,
     order: Literal["activation", "natural"] = "natural",
     num_passes: int = 0,
@@ -28,8 +29,10 @@ def quip(
     Args:
         bits: Width of a weight, 2 to 8; the paper has 2, 3 and 4.
         kind: Random orthogonal Kronecker factors, as in the paper, or Hadamard factors with random signs.
-        multiple: Where the outermost levels lie, in root mean squares of the matrix; None for where normal numbers
-            have the least error at this width: 1.49, 2.05 and 2.51 for 2, 3 and 4 bits.
+        outputs: Turn the outputs too, with one scale for the matrix, as in the paper; off turns the inputs alone,
+            and every output channel has a float16 scale.
+        multiple: Where the outermost levels lie, in root mean squares; None for where normal numbers have the
+            least error at this width: 1.49, 2.05 and 2.51 for 2, 3 and 4 bits.
         order: Columns as they are, or by descending diagonal of the Hessian ("activation").
         num_passes: Greedy passes over all columns after the feedback; with order "activation" this is LDLQ-RG.
         sequential: Collect the inputs of each site after the earlier ones of its block are quantized.
@@ -45,10 +48,10 @@ def quip(
         systems=("quip",),
         weights=WeightQuantizer(
             number_format=MidRise(bits),
-            granularity=PerTensor(),
-            scales=RootMeanSquare(multiple=multiple),
+            granularity=PerTensor() if outputs else PerChannel(),
+            scales=RootMeanSquare(multiple=multiple, scale_dtype="float32" if outputs else "float16"),
             solver=solver,
-            transform=Incoherence(kind=kind),
+            transform=Incoherence(kind=kind, outputs=outputs),
         ),
         sequential=sequential,
     )

@@ -45,9 +45,13 @@ class Incoherence(WeightTransform):
     Only one permutation per side is kept. A second one, between the product and the codes, would rename the
     columns of W~ and change nothing else.
 
+    Turning outputs spreads the error of a weight evenly over them, which is right when all matter equally. Without
+    it, G = 1, a row keeps its norm and the errors stay in proportion to it where every row has its own scale.
+
     Args:
         kind: Which factors.
         rescale: Use D; off leaves D = 1.
+        outputs: Turn the outputs; off leaves G = 1 and stores no map behind the codes.
 
     References:
         Chee et al., 2023, arXiv:2307.13304, sections 4.1 and 4.2, algorithm 1; "hadamard": Tseng et al., 2024,
@@ -56,6 +60,7 @@ class Incoherence(WeightTransform):
 
     kind: Kind = "orthogonal"
     rescale: bool = True
+    outputs: bool = True
 
     def __post_init__(self) -> None:
         """Reject kinds that do not exist."""
@@ -85,9 +90,10 @@ class Incoherence(WeightTransform):
         if self.rescale:
             scale_K = column_scale(weight, hessian)
         input_map = self._input_map(scale_K, generator)
-        output_map = self._output_map(weight.shape[0], generator, device)
+        output_map = self._output_map(weight.shape[0], generator, device) if self.outputs else None
         weight_NK = _inverse_input(input_map).apply(weight.double())
-        weight_NK = _inverse_output(output_map).apply(weight_NK.T).T
+        if output_map is not None:
+            weight_NK = _inverse_output(output_map).apply(weight_NK.T).T
         hessian_KK = input_map.apply(input_map.apply(hessian.double()).T)
         return TransformedWeight(
             weight=weight_NK.to(weight.dtype).contiguous(),

@@ -51,6 +51,7 @@ VARIANTS: dict[str, list[dict[str, Any]]] = {
         *({"bits": bits} for bits in range(2, 9)),
         {"kind": "hadamard", "multiple": 2.0},
         {"order": "activation", "num_passes": 2, "multiple": None, "sequential": True},
+        {"outputs": False},
         {"damping": 0.1},
     ],
     "gptq": [

@@ -68,6 +68,10 @@ def test_options() -> None:
     assert weights.transform == Incoherence(kind="hadamard")
     assert weights.scales == RootMeanSquare(multiple=2.0)
     assert quip(3, multiple=None).weights.scales == RootMeanSquare(multiple=None)
+    inputs_only = quip(3, outputs=False).weights
+    assert inputs_only.transform == Incoherence(outputs=False)
+    assert inputs_only.granularity == PerChannel()
+    assert inputs_only.scales == RootMeanSquare(multiple=2.4, scale_dtype="float16")
     assert (quip().sequential, quip(sequential=True).sequential) == (False, True)
     start = GPTQ(damping=0.0201, order="activation")
     assert weights.solver == CoordinateDescent(start=start, num_passes=3, refit=False, damping=0.0201)
@@ -156,6 +160,25 @@ def test_bits_are_those_of_the_stored_tensors() -> None:
     # codes, one scale, D, two permutations, factors of 96 = 12 * 8 and of 64 = 8 * 8
     bits = 2 * 64 * 96 + 32 + 16 * 96 + 16 * (64 + 96) + 16 * (144 + 64 + 64 + 64)
     assert tensor.bits_per_weight * 64 * 96 == bits
+
+
+def test_turning_outputs_lays_the_error_of_loud_rows_on_quiet_ones() -> None:
+    weight, hessian = problem(64, 96)
+    weight[::2] *= 20
+    items, statistics = [WeightToQuantize(name="linear", weight=weight.float())], {"hessian": hessian.float()}
+    quiet = {}
+    for outputs in (True, False):
+        tensor = quip(3, outputs=outputs, multiple=None).weights.solve(items, statistics)[0].tensor
+        quiet[outputs] = hessian_error(weight[1::2], tensor.decode().double()[1::2], hessian)
+    assert quiet[False] < 0.1 < 1 < quiet[True], "turned together, nothing is left of the quiet rows"
+
+
+def test_bits_without_turning_outputs() -> None:
+    weight, hessian = problem(64, 96)
+    items, statistics = [WeightToQuantize(name="linear", weight=weight.float())], {"hessian": hessian.float()}
+    tensor = quip(2, outputs=False).weights.solve(items, statistics)[0].tensor
+    # codes, a scale per row, D, one permutation, factors of 96 = 12 * 8
+    assert tensor.bits_per_weight * 64 * 96 == 2 * 64 * 96 + 16 * 64 + 16 * 96 + 16 * 96 + 16 * (144 + 64)
 
 
 def test_linears_of_one_site_have_bases_of_their_own() -> None:

@@ -76,6 +76,15 @@ def test_stored_maps_are_orthogonal_to_half_precision_beside_the_diagonal(transf
         assert (turn.abs() > 1e-6).double().mean() > 0.99, "every output mixes every input"
 
 
+def test_outputs_may_stay_as_they_are():
+    weight, hessian, x = problem()
+    changed = Incoherence(outputs=False).transform(weight, hessian, 5)
+    assert changed.output_map is None
+    assert (changed.input_map.apply(x) @ changed.weight.T - x @ weight.T).norm() / (x @ weight.T).norm() < 1e-13
+    both = Incoherence().transform(weight, hessian, 5)
+    assert torch.equal(changed.hessian, both.hessian), "the basis of the inputs is the same one"
+
+
 def test_only_small_tensors_are_stored():
     weight, hessian, _ = problem()
     changed = Incoherence().transform(weight, hessian, 5)
