@@ -4,8 +4,8 @@
     python -m benchmarks.end_to_end.incoherence MODEL [--data DIR] [--bits 2 3 4] [--blocks 1 8 15 22]
 
 DIR holds `passages.txt`. Hessians are those of the original model. A row is one way to quantize, in the model's
-own basis, with the inputs turned, or with inputs and outputs turned; `relative_error` is the geometric mean over the
-linears of tr(D H D^T) / tr(W H W^T) with D = W - Q, and `worst_error` the largest. Runs on the CPU.
+own basis, with the inputs turned, or with inputs and outputs turned; `relative_error` is the geometric mean over
+the linears of tr(D H D^T) / tr(W H W^T) with D = W - Q, and `worst_error` the largest. Runs on the CPU.
 """
 
 import argparse
