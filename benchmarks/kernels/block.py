@@ -96,8 +96,8 @@ def run_chain(layers: Block, x: Inputs) -> None:
     attention = multiply(layers.qkv[0], codes, scale, layers.qkv[1])[:, : x.hidden.shape[1]]
     hidden = multiply(layers.output[0], *token_quantize.token_quantize(attention), layers.output[1])
     codes, scale, _ = token_quantize.rms_norm_quantize(hidden, x.gain, 1e-5, residual)
-    gate_up = multiply(layers.gate_up[0], codes, scale, layers.gate_up[1])
-    multiply(layers.down[0], *gated(gate_up), layers.down[1])
+    codes, scale = w4a8_linear.gated_linear(layers.gate_up[0], codes, scale, layers.gate_up[1])
+    multiply(layers.down[0], codes, scale, layers.down[1])
 
 
 def run_quantization(layers: Block, x: Inputs) -> None:

@@ -30,18 +30,27 @@ from benchmarks.shapes import LINEAR_SHAPES
 from quattuor.kernels import w4a8_linear
 from quattuor.kernels.dispatch import TOKEN_RANGES, LinearProblem, describe_device
 from quattuor.kernels.token_quantize import token_quantize
-from quattuor.kernels.w4a8_linear import gluon_kernel, measured, triton_kernel
+from quattuor.kernels.w4a8_linear import gluon_kernel, lanes_kernel, measured, triton_kernel
 from quattuor.kernels.w4a8_linear.hopper import Schedule, estimate, make_schedule
-from quattuor.kernels.w4a8_linear.planes import BLOCK_K, HopperTile, Tile, group_scale_of, mode_of, prepare_planes
+from quattuor.kernels.w4a8_linear.planes import (
+    BLOCK_K,
+    HopperTile,
+    LanesTile,
+    Tile,
+    group_scale_of,
+    mode_of,
+    prepare_planes,
+)
 
 __all__ = ["candidates", "choose", "main"]
 
 #: The token count that is timed, by the largest that it stands for.
-TIMED = {8: 1, 16: 16, 32: 32, 64: 64, 128: 128, 256: 256, 512: 512, 1024: 1024, 8192: 4096}
+TIMED = {1: 1, 8: 1, 16: 16, 32: 32, 64: 64, 128: 128, 256: 256, 512: 512, 1024: 1024, 8192: 4096}
 GROUPS = {"channel": None, "integer": 128, "half": 128}
 PROCESSORS = 132
 #: Schedules whose longest program has more work than this times the mean are not timed.
 UNFAIR = 1.6
+AnyTile = Tile | HopperTile | LanesTile
 
 
 def split_of(shape: tuple[int, int], num_tokens: int, rows: int, tokens: int, per_processor: int) -> int:
@@ -95,6 +104,13 @@ def triton_candidates(shape: tuple[int, int], max_tokens: int, channel: bool) ->
             yield tile(128, 64, 8, 3, overlap)
 
 
+def lanes_candidates(shape: tuple[int, int]) -> Iterator[LanesTile]:
+    """Yield the tiles for one token worth timing; some of them may be equal."""
+    if shape[1] % BLOCK_K == 0:
+        for rows, num_warps, ahead in ((8, 4, 3), (8, 4, 4), (8, 4, 6), (8, 4, 8), (16, 8, 5), (8, 8, 14)):
+            yield LanesTile(rows=rows, num_warps=num_warps, ahead=min(ahead, -(-shape[1] // (4 * BLOCK_K))))
+
+
 def hopper_candidates(max_tokens: int) -> Iterator[HopperTile]:
     """Yield the Hopper tiles worth timing, before the ways to cut the last ones."""
     # with a cap on registers two programs fit a multiprocessor
@@ -117,17 +133,17 @@ def hopper_candidates(max_tokens: int) -> Iterator[HopperTile]:
         yield HopperTile(blocks=1, tokens=256, spans=2, stages=2)
 
 
-def candidates(
-    shape: tuple[int, int], max_tokens: int, mode: str, top: int | None = None
-) -> list[Tile | HopperTile]:
+def candidates(shape: tuple[int, int], max_tokens: int, mode: str, top: int | None = None) -> list[AnyTile]:
     """Return the tiles worth timing; with `top`, so many Hopper tiles by estimate, and the present choice."""
+    lanes = list(lanes_candidates(shape)) if max_tokens == 1 and mode == "channel" else []
+    max_tokens = max(8, max_tokens)
     hopper: list[HopperTile] = []
     for tile in hopper_candidates(max_tokens):
         # float16 scales take room: a stage less where they need it
         stages = tile.stages - (tile.shared_bytes(mode) > tile.shared_limit)
         hopper += every_cut(shape, TIMED[max_tokens], dataclasses.replace(tile, stages=stages))
     if top is None:
-        return list(dict.fromkeys([*hopper, *triton_candidates(shape, max_tokens, mode == "channel")]))
+        return list(dict.fromkeys([*lanes, *hopper, *triton_candidates(shape, max_tokens, mode == "channel")]))
     problem = LinearProblem(
         out_features=shape[0],
         in_features=shape[1],
@@ -138,12 +154,12 @@ def candidates(
     )
     present = measured.find(problem, max_tokens)
     hopper.sort(key=lambda tile: estimate(tile, TIMED[max_tokens], problem, PROCESSORS))
-    return list(dict.fromkeys([*hopper[:top], *([present.tile] if present else [])]))
+    return list(dict.fromkeys([*lanes, *hopper[:top], *([present.tile] if present else [])]))
 
 
-def name_of(tile: Tile | HopperTile) -> str:
+def name_of(tile: AnyTile) -> str:
     """Return the implementation that a tile belongs to."""
-    return "triton" if isinstance(tile, Tile) else "gluon"
+    return {Tile: "triton", HopperTile: "gluon", LanesTile: "lanes"}[type(tile)]
 
 
 def problem_of(shape: tuple[int, int], mode: str) -> LinearProblem:
@@ -157,13 +173,15 @@ def problem_of(shape: tuple[int, int], mode: str) -> LinearProblem:
     )
 
 
-def launch(problem: LinearProblem, tile: Tile | HopperTile, batch: Batch, tensors: dict) -> torch.Tensor:
+def launch(problem: LinearProblem, tile: AnyTile, batch: Batch, tensors: dict) -> torch.Tensor:
     """Compute the layer with a tile."""
     out = torch.empty(batch.x.shape[0], problem.out_features, dtype=torch.float16, device="cuda")
     mode, group_scale = group_scale_of(problem, tensors)
     arguments = (batch.x_codes, batch.x_scale, tensors["packed"], tensors["scale"], group_scale)
     shared = {"group_size": problem.group_size, "tile": tile}
-    if isinstance(tile, Tile):
+    if isinstance(tile, LanesTile):
+        lanes_kernel.launch_lanes(*arguments[:4], None, out, tile=tile)
+    elif isinstance(tile, Tile):
         words = tensors.get("group_words")
         triton_kernel.launch(
             *arguments, tensors["arrivals"], None, out, **shared, mode=mode_of(problem), group_words=words
@@ -202,7 +220,7 @@ def make_batch(num_tokens: int, in_features: int) -> Batch:
 
 def time_shape(
     shape: tuple[int, int], mode: str, deadline: float, counts: list[int], top: int | None = None
-) -> list[tuple[int, str, float, Tile | HopperTile]]:
+) -> list[tuple[int, str, float, AnyTile]]:
     """Return (largest token count, implementation, latency in us, tile) of every candidate."""
     problem = problem_of(shape, mode)
     rounded, prepared = prepare_layer(problem)
@@ -246,13 +264,13 @@ def time_shape(
 
 
 def choose(
-    found: list[tuple[int, str, float, Tile | HopperTile]],
-) -> dict[int, tuple[str, float, Tile | HopperTile]]:
+    found: list[tuple[int, str, float, AnyTile]],
+) -> dict[int, tuple[str, float, AnyTile]]:
     """Return the best tile by largest token count, of one implementation within each range of dispatch."""
-    chosen: dict[int, tuple[str, float, Tile | HopperTile]] = {}
+    chosen: dict[int, tuple[str, float, AnyTile]] = {}
     for tokens in TOKEN_RANGES:
         counts = sorted({count for count, *_ in found if count in tokens})
-        best: dict[str, dict[int, tuple[str, float, Tile | HopperTile]]] = {}
+        best: dict[str, dict[int, tuple[str, float, AnyTile]]] = {}
         for count, name, us, tile in found:
             known = best.setdefault(name, {}).get(count) if count in counts else None
             if count in counts and (known is None or us < known[1]):
@@ -263,7 +281,7 @@ def choose(
     return chosen
 
 
-def compile_one(job: tuple[tuple[int, int], int, str, Tile | HopperTile]) -> None:
+def compile_one(job: tuple[tuple[int, int], int, str, AnyTile]) -> None:
     """Run one candidate, so that its kernel lies in the cache on disk."""
     shape, max_tokens, mode, tile = job
     problem = problem_of(shape, mode)
@@ -273,7 +291,7 @@ def compile_one(job: tuple[tuple[int, int], int, str, Tile | HopperTile]) -> Non
 
 def compile_jobs(
     shapes: list[tuple[int, int]], modes: list[str], counts: list[int], top: int | None = None
-) -> list[tuple[tuple[int, int], int, str, Tile | HopperTile]]:
+) -> list[tuple[tuple[int, int], int, str, AnyTile]]:
     """Return one job for each kernel that will be compiled."""
     jobs: dict[tuple, tuple] = {}
     for shape, mode, max_tokens in itertools.product(shapes, modes, counts):
@@ -281,7 +299,9 @@ def compile_jobs(
             fields = asdict(tile)
             is_split = fields.pop("split", 1) > 1
             fields.pop("cut", None)
-            key = (mode, name_of(tile), is_split, *fields.values())
+            # the kernel for one token is compiled for a length of K
+            length = shape[1] if isinstance(tile, LanesTile) else 0
+            key = (mode, name_of(tile), length, is_split, *fields.values())
             jobs.setdefault(key, (shape, max_tokens, mode, tile))
     return list(jobs.values())
 

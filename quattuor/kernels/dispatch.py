@@ -222,9 +222,10 @@ class TokenRange:
         return f"{self.first}+" if self.last is None else f"{self.first}-{self.last}"
 
 
-#: Decoding, batched decoding, where memory and tensor cores balance, prefill. Consecutive, complete from 0.
+#: One sequence, a few at once, batched decoding, where memory and tensor cores balance, prefill. Consecutive, complete from 0.
 TOKEN_RANGES = (
-    TokenRange(0, 16),
+    TokenRange(0, 1),
+    TokenRange(2, 16),
     TokenRange(17, 32),
     TokenRange(33, 64),
     TokenRange(65, 128),

@@ -105,6 +105,12 @@ class IntegerExecution(Execution):
         codes, scale = self.activations.encode(x)
         return self.plan.linear(codes, scale, self.operand, bias, out_dtype)
 
+    def gated(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Quantize the rows, multiply integers, and quantize the second half of each, times silu of the first."""
+        assert self.operand is not None, "prepared comes first"
+        codes, scale = self.activations.encode(x)
+        return w4a8_linear.gated_linear(self.plan, codes, scale, self.operand, bias, out_dtype)
+
     def traced_linear(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """Quantize the rows, multiply integers in one operator."""
         problem = self.plan.problem

@@ -86,9 +86,12 @@ class _GatedProducts(Product):
     def linear(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """Multiply, gate and quantize, multiply."""
         assert self.down.operand is not None, "prepared comes first"
-        both = self.gate_up.linear(x, self.bias, out_dtype)
-        half = both.shape[1] // 2
-        codes, scale = silu_mul_quantize(both[:, :half], both[:, half:])
+        if isinstance(self.gate_up, IntegerExecution):
+            codes, scale = self.gate_up.gated(x, self.bias, out_dtype)
+        else:
+            both = self.gate_up.linear(x, self.bias, out_dtype)
+            half = both.shape[1] // 2
+            codes, scale = silu_mul_quantize(both[:, :half], both[:, half:])
         return self.down.plan.linear(codes, scale, self.down.operand, bias, out_dtype)
 
 

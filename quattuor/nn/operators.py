@@ -14,7 +14,7 @@ from torch import Tensor
 from quattuor.kernels import w4a8_linear, w4a16_linear
 from quattuor.kernels.dispatch import LinearProblem, Operand, describe_device
 
-__all__ = ["plan_of", "w4a8", "w4a16"]
+__all__ = ["plan_of", "w4a8", "w4a8_gated", "w4a16"]
 
 
 @functools.cache
@@ -60,6 +60,11 @@ torch.library.define(
     "int out_features, int weight_bits, int group_size, bool promise) -> Tensor",
 )
 torch.library.define(
+    "quattuor::packed_w4a8_gated",
+    "(Tensor x_codes, Tensor x_scale, Tensor[] operand, str names, Tensor? bias, ScalarType out_dtype, "
+    "int out_features, int weight_bits, int group_size, bool promise) -> (Tensor, Tensor)",
+)
+torch.library.define(
     "quattuor::packed_w4a16",
     "(Tensor x, Tensor[] operand, str names, Tensor? bias, int out_features, int weight_bits, int group_size, "
     "bool promise) -> Tensor",
@@ -84,6 +89,26 @@ def w4a8(
     assert isinstance(plan, w4a8_linear.Plan), "8-bit activations"
     tensors = Operand(dict(zip(names.split(","), operand, strict=True)))
     return plan.linear(x_codes, x_scale, tensors, bias, out_dtype)
+
+
+@torch.library.impl("quattuor::packed_w4a8_gated", "CompositeExplicitAutograd")
+def w4a8_gated(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    operand: list[Tensor],
+    names: str,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    out_features: int,
+    weight_bits: int,
+    group_size: int,
+    promise: bool,
+) -> tuple[Tensor, Tensor]:
+    """Multiply int8 tokens by gate and up side by side, gate and quantize; arguments as for `gated_linear`."""
+    plan = plan_of(x_codes.device, out_dtype, 8, out_features, x_codes.shape[1], weight_bits, group_size, promise)
+    assert isinstance(plan, w4a8_linear.Plan), "8-bit activations"
+    tensors = Operand(dict(zip(names.split(","), operand, strict=True)))
+    return w4a8_linear.gated_linear(plan, x_codes, x_scale, tensors, bias, out_dtype)
 
 
 @torch.library.impl("quattuor::packed_w4a16", "CompositeExplicitAutograd")
@@ -117,6 +142,23 @@ def _fake_w4a8(
     promise: bool,
 ) -> Tensor:
     return x_codes.new_empty((x_codes.shape[0], out_features), dtype=out_dtype)
+
+
+@torch.library.register_fake("quattuor::packed_w4a8_gated")  # type: ignore[untyped-decorator]
+def _fake_w4a8_gated(
+    x_codes: Tensor,
+    x_scale: Tensor,
+    operand: list[Tensor],
+    names: str,
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    out_features: int,
+    weight_bits: int,
+    group_size: int,
+    promise: bool,
+) -> tuple[Tensor, Tensor]:
+    num_tokens = x_codes.shape[0]
+    return x_codes.new_empty((num_tokens, out_features // 2)), x_scale.new_empty((num_tokens,))
 
 
 @torch.library.register_fake("quattuor::packed_w4a16")  # type: ignore[untyped-decorator]

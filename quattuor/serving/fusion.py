@@ -15,8 +15,9 @@ from torch import Tensor, fx
 from torch._inductor import pattern_matcher
 
 from quattuor.kernels import token_quantize as token_quantize  # registers the operators
+from quattuor.nn import operators as operators  # as well
 
-__all__ = ["fuse_gates", "fuse_norms"]
+__all__ = ["fuse_gated_products", "fuse_gates", "fuse_norms"]
 
 Target = Callable[..., Any]
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
@@ -53,6 +54,43 @@ def fuse_norms(graph: fx.Graph, norms: Collection[Target], adding_norms: Collect
 def fuse_gates(graph: fx.Graph) -> int:
     """Replace each silu(gate) * up of the halves of one tensor that is then quantized; return how many."""
     return sum(int(patterns.apply(graph)) for patterns in _gate_patterns())
+
+
+def fuse_gated_products(graph: fx.Graph) -> int:
+    """Join each product that only a gate reads to that gate, once `fuse_gates` has been there; return how many."""
+    count = 0
+    for gate in list(graph.find_nodes(op="call_function", target=torch.ops.quattuor.silu_mul_quantize.default)):
+        halves = gate.args
+        product = _whole_of(*halves)
+        if product is None or product.target is not torch.ops.quattuor.packed_w4a8.default:
+            continue
+        if set(product.users) != set(halves) or any(len(half.users) != 1 for half in halves):
+            continue
+        with graph.inserting_before(gate):
+            fused = graph.call_function(torch.ops.quattuor.packed_w4a8_gated.default, product.args, product.kwargs)
+        fused.meta["val"] = gate.meta["val"]
+        gate.replace_all_uses_with(fused)
+        for leftover in (gate, *halves, product):
+            graph.erase_node(leftover)
+        count += 1
+    return count
+
+
+def _whole_of(first: fx.Node, second: fx.Node) -> fx.Node | None:
+    """Return the matrix of which two nodes are the left and the right half, or None."""
+    found = []
+    for half in (first, second):
+        if half.target is not torch.ops.aten.slice.Tensor or len(half.args) != 4 or half.kwargs:
+            return None
+        whole, dim, start, end = half.args
+        if not isinstance(whole, fx.Node) or whole.meta["val"].dim() != 2 or dim not in (1, -1):
+            return None
+        columns = whole.meta["val"].shape[1]
+        found.append((whole, start, columns if isinstance(end, int) and end > columns else end))
+    (whole, *left), (other, *right) = found
+    columns = whole.meta["val"].shape[1]
+    is_halved = left == [0, columns // 2] and right == [columns // 2, columns]
+    return whole if whole is other and is_halved else None
 
 
 def _arguments(norm: fx.Node) -> list[Any]:

@@ -48,10 +48,10 @@ def test_first_supporting_implementation_wins_and_every_row_has_a_reason():
     assert [schedule.implementation(m).name for m in (0, 1, 16, 17, 128, 129, 10**6)] == ["b"] * 5 + ["c"] * 2
     assert len(schedule.rows) == len(TOKEN_RANGES) * len(table)
     assert all(row.reason for row in schedule.rows)
-    assert [row.implementation for row in schedule.rows if row.is_chosen] == ["b"] * 4 + ["c"]
+    assert [row.implementation for row in schedule.rows if row.is_chosen] == ["b"] * 5 + ["c"]
     reasons = {(row.tokens, row.implementation): row.reason for row in schedule.rows}
-    assert reasons["0-16", "a"] == "needs a GPU"
-    assert reasons["0-16", "c"] == "ranked after b"
+    assert reasons["2-16", "a"] == "needs a GPU"
+    assert reasons["2-16", "c"] == "ranked after b"
     assert reasons[PREFILL, "b"] == f"slow for {PREFILL} tokens"
     assert set(schedule.layouts()) == {"b", "c"}
 

@@ -30,7 +30,7 @@ def test_a_block_is_four_products_and_four_quantizations() -> None:
     assert found["equal"] == [True, True]
     names = [name for name in found["operators"] if name.startswith("quattuor.")]
     product = "quattuor.packed_w4a8.default"
-    norm, gate = "quattuor.rms_norm_quantize.default", "quattuor.silu_mul_quantize.default"
-    assert names == ["quattuor.token_quantize.default", product, norm, product, gate, product, norm, product]
+    norm, gated = "quattuor.rms_norm_quantize.default", "quattuor.packed_w4a8_gated.default"
+    assert names == ["quattuor.token_quantize.default", product, norm, gated, product, norm, product]
     others = {name for name in found["operators"] if not name.startswith("quattuor.")}
     assert others == {"<built-in function getitem>", "aten.slice.Tensor"}

@@ -12,14 +12,14 @@ from pathlib import Path
 
 from quattuor.kernels.dispatch import LinearProblem
 from quattuor.kernels.w4a8_linear.narrow import width_of
-from quattuor.kernels.w4a8_linear.planes import PLANE_K, HopperTile, Tile, mode_of
+from quattuor.kernels.w4a8_linear.planes import PLANE_K, HopperTile, LanesTile, Tile, mode_of
 
 __all__ = ["FILE", "Choice", "find"]
 
 FILE = Path(__file__).with_name("measured.json")
 #: Compute capability, N, K, mode and bits of a stored code.
 Key = tuple[tuple[int, int], int, int, str, int]
-TILES = {"triton": Tile, "gluon": HopperTile}
+TILES = {"triton": Tile, "gluon": HopperTile, "lanes": LanesTile}
 #: The choice for this many tokens holds for every larger number too; a layer without one follows the rules there.
 LARGEST = 8192
 
@@ -29,7 +29,7 @@ class Choice:
     """The implementation and the tile that were fastest."""
 
     implementation: str
-    tile: Tile | HopperTile
+    tile: Tile | HopperTile | LanesTile
 
 
 @functools.cache

@@ -22,6 +22,7 @@ from quattuor.kernels.layer import prepare_layouts, select
 from quattuor.kernels.w4a8_linear.checks import PLACE, check_inputs, check_weight
 from quattuor.kernels.w4a8_linear.float32 import Float32
 from quattuor.kernels.w4a8_linear.gluon import Gluon
+from quattuor.kernels.w4a8_linear.lanes import Lanes
 from quattuor.kernels.w4a8_linear.planes import group_scale_of
 from quattuor.kernels.w4a8_linear.reference import Reference
 from quattuor.kernels.w4a8_linear.triton import Triton
@@ -29,7 +30,7 @@ from quattuor.kernels.w4a8_linear.triton import Triton
 __all__ = ["IMPLEMENTATIONS", "Plan", "plan"]
 
 #: Fastest first; the reference supports every legal problem.
-IMPLEMENTATIONS: tuple[Implementation, ...] = (Gluon(), Triton(), Float32(), Reference())
+IMPLEMENTATIONS: tuple[Implementation, ...] = (Lanes(), Gluon(), Triton(), Float32(), Reference())
 #: What `explain` adds for a prepared weight, by the mode of the Hopper kernel.
 CLAMPING = {
     "half": "; this weight has one, so they are clamped",

@@ -19,6 +19,7 @@ __all__ = [
     "STORED_BITS",
     "TILE_ROWS",
     "HopperTile",
+    "LanesTile",
     "Tile",
     "group_scale_of",
     "mode_of",
@@ -60,6 +61,24 @@ class Tile:
     num_stages: int
     overlap: str = "none"
     columns: int = 128
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LanesTile:
+    """The work of one program for one token: `rows` of the weight over the whole of K, four blocks in a step.
+
+    Each warp takes every `num_warps`-th row, and loads `ahead` steps before it needs them. The first `prefetched`
+    blocks are fetched to L2 at once, the token to the multiprocessor if `is_warm`. `overlap` is as in `Tile`,
+    `max_registers` a cap for each thread, None for what the compiler takes.
+    """
+
+    rows: int
+    num_warps: int
+    ahead: int
+    prefetched: int = 0
+    is_warm: bool = False
+    overlap: str = "early"
+    max_registers: int | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -71,6 +71,7 @@ def _make_pass(module: ModuleType) -> Any:
                 graph, {getattr(namespace, _NORM).default}, {getattr(namespace, _ADDING_NORM).default}
             )
             fusion.fuse_gates(graph)
+            fusion.fuse_gated_products(graph)
 
         def uuid(self) -> str:
             """Return what identifies compiled graphs that went through this pass."""

@@ -89,7 +89,7 @@ def test_explain_says_what_is_stored_and_what_is_decoded():
     fields |= {"device_type": "cuda", "compute_capability": (9, 0)}
     rows = w4a16_linear.plan(LinearProblem(**fields, weight_bits=3)).explain()
     chosen = {row.tokens: row.reason for row in rows if row.is_chosen}
-    assert "bits of memory" not in chosen["0-16"]
+    assert "bits of memory" not in chosen["2-16"]
     assert "decoded" not in chosen["65-128"]
     assert "decoded" in chosen["129+"]
     assert STORED_BITS[5] == 8

@@ -193,7 +193,13 @@ def test_refusals_have_reasons(layer):
         with pytest.raises(UnsupportedError, match=words):
             w4a8_linear.plan(dataclasses.replace(base, **change), force="gluon")
     plan = w4a8_linear.plan(base)
-    assert [plan.implementation(m) for m in (1, 64, 65, 5000)] == ["triton", "triton", "gluon", "gluon"]
+    assert [plan.implementation(m) for m in (1, 2, 64, 65, 5000)] == [
+        "lanes",
+        "triton",
+        "triton",
+        "gluon",
+        "gluon",
+    ]
     assert w4a8_linear.plan(group).implementation(5000) == "triton"
     assert set(plan.schedule.layouts()) == {"planes"}
     zero = dataclasses.replace(base, activation_zero_point=True)

@@ -9,7 +9,8 @@ from benchmarks.shapes import LINEAR_SHAPES
 from quattuor.kernels import w4a8_linear
 from quattuor.kernels.dispatch import TOKEN_RANGES, LinearProblem
 from quattuor.kernels.w4a8_linear import measured
-from quattuor.kernels.w4a8_linear.planes import HopperTile, Tile
+from quattuor.kernels.w4a8_linear.lanes import MAX_TOKENS
+from quattuor.kernels.w4a8_linear.planes import HopperTile, LanesTile, Tile
 
 
 def hopper(shape, **fields):
@@ -31,7 +32,9 @@ def test_every_benchmarked_layer_has_choices_that_the_plan_follows(shape, fields
         choice = measured.find(problem, tokens.last)
         assert choice is not None
         assert plan.implementation(tokens.last or 10**6) == choice.implementation
-        assert isinstance(choice.tile, Tile if choice.implementation == "triton" else HopperTile)
+        assert (
+            type(choice.tile) is {"triton": Tile, "gluon": HopperTile, "lanes": LanesTile}[choice.implementation]
+        )
 
 
 def test_within_a_range_one_implementation_is_chosen():
@@ -49,6 +52,10 @@ def test_within_a_range_one_implementation_is_chosen():
 def test_tiles_hold_the_tokens_they_are_chosen_for():
     for row in json.loads(measured.FILE.read_text())["choices"]:
         assert row["latency_us"] > 0
+        if row["implementation"] == "lanes":
+            assert row["max_tokens"] == MAX_TOKENS
+            assert row["tile"]["rows"] % row["tile"]["num_warps"] == 128 % row["tile"]["rows"] == 0
+            continue
         assert row["tile"]["tokens"] <= max(16, row["max_tokens"])
         if row["implementation"] == "triton":
             assert 1 <= row["tile"]["split"] <= -(-row["k"] // 256)

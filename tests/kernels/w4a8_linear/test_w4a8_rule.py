@@ -45,6 +45,9 @@ def test_served_layers_have_tiles_that_fit(shape, fields):
     num_blocks = -(-shape[1] // BLOCK_K)
     for num_tokens in (1, 16, 17, 32, 33, 64, 65, 128, 129, 300, 512, 1024, 5000):
         name = plan.implementation(num_tokens)
+        if name == "lanes":
+            assert num_tokens == 1
+            continue
         assert name in ("triton", "gluon")
         choice = measured.find(problem, num_tokens)
         if choice is not None:

@@ -1,0 +1,147 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The operation for one token by products of four bytes at a time: which problems it takes, and the tile."""
+
+import functools
+import importlib.util
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from quattuor.kernels.dispatch import Implementation, LinearProblem, TokenRange
+from quattuor.kernels.w4a8_linear import measured
+from quattuor.kernels.w4a8_linear.planes import (
+    BLOCK_K,
+    STORED_BITS,
+    LanesTile,
+    mode_of,
+    prepare_planes,
+)
+
+__all__ = ["MAX_TOKENS", "Lanes", "choose_lanes_tile"]
+
+#: Beyond, tensor cores add products of more tokens in the same time.
+MAX_TOKENS = 1
+#: Larger layers, unless they were measured, keep the memory busy without so many loads in flight.
+MAX_WEIGHTS = 160_000_000
+
+
+def choose_lanes_tile(num_blocks: int, overlaps: bool) -> LanesTile:
+    """Return the tile of a layer that was not measured.
+
+    Args:
+        num_blocks: Blocks of K.
+        overlaps: Whether a kernel of the device may start while the one before it drains: compute capability 9.0.
+    """
+    steps = -(-num_blocks // 4)
+    return LanesTile(rows=8, num_warps=4, ahead=min(steps, 6), overlap="early" if overlaps else "none")
+
+
+@functools.lru_cache(maxsize=4096)
+def tile_for(problem: LinearProblem, is_gated: bool = False) -> LanesTile:
+    """Return the measured tile of a layer, or the one that the rule gives; for gates, warps take rows by twos."""
+    choice = measured.find(problem, MAX_TOKENS)
+    if choice is not None and isinstance(choice.tile, LanesTile):
+        own_rows = choice.tile.rows // choice.tile.num_warps
+        if not is_gated or own_rows % 2 == 0:
+            return choice.tile
+    assert problem.compute_capability is not None, "runs on CUDA devices"
+    return choose_lanes_tile(problem.in_features // BLOCK_K, problem.compute_capability >= (9, 0))
+
+
+class Lanes(Implementation):
+    """Each thread adds products of four bytes at a time, and weights go straight to registers: one token."""
+
+    name = "lanes"
+    layout = "planes"
+    stored_bits = STORED_BITS
+
+    def supports(self, problem: LinearProblem) -> str | None:
+        if problem.device_type != "cuda":
+            return f"runs on CUDA devices, not on {problem.device_type}"
+        if problem.compute_capability is None or problem.compute_capability < (8, 0):
+            return f"needs compute capability 8.0, not {problem.compute_capability}"
+        if importlib.util.find_spec("triton") is None:
+            return "the package triton is not installed (pip install triton)"
+        if mode_of(problem) != "channel":
+            return "takes codes of at most 4 bits with one scale per channel"
+        if problem.weight_bits != 4:
+            return f"unpacks nibbles, in which codes of {problem.weight_bits} bits are not kept"
+        if problem.activation_zero_point:
+            return "subtracts no zero points of activations"
+        if problem.in_features % BLOCK_K:
+            return f"needs in_features to be a multiple of {BLOCK_K}, not {problem.in_features}"
+        return None
+
+    def declines(self, problem: LinearProblem, tokens: TokenRange) -> str | None:
+        if tokens.last is None or tokens.last > MAX_TOKENS:
+            return "adds up token by token, where tensor cores take several at once"
+        choice = measured.find(problem, tokens.last)
+        if choice is None and problem.out_features * problem.in_features > MAX_WEIGHTS:
+            return "streaming a large weight is the limit, and the copies of triton keep more of it in flight"
+        if choice is not None and choice.implementation != self.name:
+            return f"{choice.implementation} was measured to be faster on this layer"
+        return None
+
+    def prepare(self, problem: LinearProblem, *tensors: Tensor | None) -> dict[str, Tensor]:
+        return prepare_planes(problem, *tensors)
+
+    def linear(
+        self,
+        problem: LinearProblem,
+        inputs: Sequence[Tensor],
+        operand: Mapping[str, Tensor],
+        bias: Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        x_codes, x_scale, _ = inputs
+        return multiply(problem, x_codes, x_scale, operand, bias, out_dtype, is_gated=False)
+
+    def gates(self, problem: LinearProblem) -> bool:
+        """Return whether a program can hold a gate and what it multiplies."""
+        return problem.out_features % tile_for(problem, is_gated=True).rows == 0
+
+    def gated(
+        self,
+        problem: LinearProblem,
+        x_codes: Tensor,
+        x_scale: Tensor,
+        operand: Mapping[str, Tensor],
+        bias: Tensor | None,
+        out_dtype: torch.dtype,
+    ) -> Tensor:
+        """Return silu(gate) * up [M, N / 2], each rounded to `out_dtype`, of the outputs [gate, up]."""
+        return multiply(problem, x_codes, x_scale, operand, bias, out_dtype, is_gated=True)
+
+
+def multiply(
+    problem: LinearProblem,
+    x_codes: Tensor,
+    x_scale: Tensor,
+    operand: Mapping[str, Tensor],
+    bias: Tensor | None,
+    out_dtype: torch.dtype,
+    *,
+    is_gated: bool,
+) -> Tensor:
+    """Launch the kernel; with `force` for any number of tokens, one by one."""
+    from quattuor.kernels.w4a8_linear.lanes_kernel import launch_lanes
+
+    features = problem.out_features // 2 if is_gated else problem.out_features
+    out = torch.empty(x_codes.shape[0], features, dtype=out_dtype, device=x_codes.device)
+    if x_codes.shape[0] == 0:
+        return out
+    if x_codes.stride(1) != 1 or x_codes.stride(0) % 16 or x_codes.data_ptr() % 16:
+        x_codes = x_codes.clone(memory_format=torch.contiguous_format)
+    with torch.cuda.device_of(x_codes):
+        launch_lanes(
+            x_codes,
+            x_scale.contiguous(),
+            operand["packed"],
+            operand["scale"],
+            bias if bias is None else bias.contiguous(),
+            out,
+            tile=tile_for(problem, is_gated),
+            is_gated=is_gated,
+        )
+    return out
