@@ -94,7 +94,7 @@ def test_one_layout_serves_every_token_count():
         assert plan.schedule.layouts().keys() == {"lanes"}
         reasons = {row.tokens: row.reason for row in plan.explain() if row.is_chosen}
         assert "decodes" in reasons["129+"]
-        assert "decodes" not in reasons["0-16"]
+        assert "decodes" not in reasons["2-16"]
 
 
 def test_refusals_have_reasons():
