@@ -33,6 +33,8 @@ NO_WEIGHT = 1e-20
 # Pairs of bounds looked at together: temporaries of 4 MB stay in the cache of a CPU, those of 256 MB fill a GPU.
 MAX_PAIRS = 2**19
 MAX_PAIRS_CUDA = 2**25
+# Asking a GPU whether anything still changes waits for it, which costs more than a few rounds that change nothing.
+ROUNDS_PER_LOOK_CUDA = 4
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -104,11 +106,11 @@ def lloyd_bounds(rows: SortedRows, centroids: Float[Tensor, "R C"], num_rounds: 
     num_rows, num_points = rows.points.shape
     ends = torch.tensor([0, num_points], device=centroids.device).expand(num_rows, 2)
     bounds = torch.zeros(0, dtype=torch.int64, device=centroids.device)
-    for _ in range(num_rounds):
+    for round_index in range(num_rounds):
         limits_RC = ((centroids[:, 1:] + centroids[:, :-1]) / 2).contiguous()
         inner = torch.searchsorted(rows.points, limits_RC)
         moved = torch.cat([ends[:, :1], inner, ends[:, 1:]], dim=1)
-        if torch.equal(moved, bounds):
+        if _looks(round_index, moved) and torch.equal(moved, bounds):
             break
         bounds, centroids = moved, rows.centroids(moved, centroids)
     return bounds
@@ -123,15 +125,23 @@ def improve_bounds(
     stops in many places that this does not.
     """
     bounds, active = bounds.clone(), torch.arange(len(bounds), device=bounds.device)
-    for _ in range(num_rounds):
-        part = rows.at(active)
-        moved = _best_in_windows(part, bounds[active], reach)
-        is_better = total_gain(part, moved) > total_gain(part, bounds[active])
-        active, moved = active[is_better], moved[is_better]
-        if active.numel() == 0:
-            break
-        bounds[active] = moved
+    part = rows
+    for round_index in range(num_rounds):
+        before = bounds[active]
+        moved = _best_in_windows(part, before, reach)
+        is_better = total_gain(part, moved) > total_gain(part, before)
+        bounds[active] = torch.where(is_better[:, None], moved, before)
+        if _looks(round_index, bounds):
+            active = active[is_better]
+            if active.numel() == 0:
+                break
+            part = rows.at(active)
     return bounds
+
+
+def _looks(round_index: int, tensor: Tensor) -> bool:
+    """Whether this round asks what still changes. Rows that do not change in one round change in none after it."""
+    return not tensor.is_cuda or round_index % ROUNDS_PER_LOOK_CUDA == ROUNDS_PER_LOOK_CUDA - 1
 
 
 def _best_in_windows(rows: SortedRows, bounds: Int64[Tensor, "R bounds"], reach: int) -> Int64[Tensor, "R bounds"]:
@@ -236,8 +246,10 @@ def _add_cluster(
 
     anchors = [*range(0, num_sums - 1, stride), num_sums - 1]
     fill(torch.tensor(anchors, device=best.device), 0, num_sums)
-    for first, last in pairwise(anchors):
+    found = choice[:, anchors]
+    lowest, highest = torch.stack([found.amin(dim=0), found.amax(dim=0)]).tolist()
+    for index, (first, last) in enumerate(pairwise(anchors)):
         if last - first > 1:
-            low, high = int(choice[:, first].min()), int(choice[:, last].max()) + 1
-            fill(torch.arange(first + 1, last, device=best.device), low, high)
+            ends = torch.arange(first + 1, last, device=best.device)
+            fill(ends, lowest[index], highest[index + 1] + 1)
     return result, choice

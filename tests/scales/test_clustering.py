@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from quattuor.scales import clustering
 from quattuor.scales.clustering import (
     SortedRows,
     coarse_bounds,
@@ -102,6 +103,21 @@ def test_windows_improve_what_lloyd_leaves_and_coarse_start_is_near_the_optimum(
     assert error["improved"].sum() < error["lloyd"].sum()
     # Measured: 0.03 percent on average on Gaussian rows of 576 with heavy-tailed weights.
     assert error["near"].sum() < 1.005 * error["exact"].sum()
+
+
+@pytest.mark.parametrize("num_rounds", [1, 3, 20])
+def test_rare_looks_at_what_changes_find_the_same(
+    num_rounds: int, generator: torch.Generator, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on a GPU, where asking whether anything still changes waits for it."""
+    rows = make(24, 200, generator, heavy=True)
+    start = torch.linspace(-2, 2, 6, dtype=torch.float64).expand(24, 6)
+    lloyd = lloyd_bounds(rows, start, num_rounds)
+    improved = improve_bounds(rows, lloyd, reach=4, num_rounds=num_rounds)
+    monkeypatch.setattr(clustering, "_looks", lambda round_index, tensor: round_index % 4 == 3)
+    assert torch.equal(lloyd_bounds(rows, start, num_rounds), lloyd)
+    assert torch.equal(improve_bounds(rows, lloyd, reach=4, num_rounds=num_rounds), improved)
+    assert not torch.equal(improved, lloyd)
 
 
 def test_rows_do_not_interact(generator: torch.Generator) -> None:
