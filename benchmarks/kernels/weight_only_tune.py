@@ -26,16 +26,18 @@ from benchmarks.kernels.weight_only_uniform import Uniform, gate_of, layers_of, 
 from quattuor.kernels.dispatch import Operand, describe_device
 from quattuor.kernels.w4a16_linear import measured, triton_kernel
 from quattuor.kernels.w4a16_linear.digits import launch_digits
-from quattuor.kernels.w4a16_linear.planes import DigitTile, Layout, Tile, layout_of
+from quattuor.kernels.w4a16_linear.lanes import launch_lanes
+from quattuor.kernels.w4a16_linear.planes import MIN_BYTES_PLANE, DigitTile, LaneTile, Layout, Tile, layout_of
+from quattuor.kernels.w4a16_linear.triton import FEW, LARGE
 
 __all__ = ["candidates", "main"]
 
 #: The token count that is timed, by the largest that it stands for.
-TIMED = {2: 1, 4: 4, 8: 8, 16: 16, 32: 32, 64: 64, 128: 128, 256: 256}
+TIMED = {1: 1, 2: 2, 4: 4, 8: 8, 16: 16, 32: 32, 64: 64, 128: 128, 256: 256}
 PROCESSORS = 132
 SHARED_BYTES = 227 * 1024
 
-AnyTile = Tile | DigitTile
+AnyTile = Tile | DigitTile | LaneTile
 Found = list[tuple[float, AnyTile]]
 
 
@@ -43,12 +45,10 @@ def candidates(shape: tuple[int, int], max_tokens: int, kind: Uniform) -> Iterat
     """Yield the tiles worth timing."""
     layout = layout_of(problem_of(shape, kind))
     num_tokens = TIMED[max_tokens]
-    for rows, tokens, num_warps, stages, overlaps in digit_sizes(max_tokens, layout):
-        tiles = -(-shape[0] // rows) * -(-num_tokens // tokens)
-        splits = dict.fromkeys(split_of(shape, layout, tiles, per_processor) for per_processor in (4, 8))
-        for num_stages, split, overlap in itertools.product(stages, splits, overlaps):
-            sizes = {"rows": rows, "tokens": tokens, "split": split, "num_warps": num_warps}
-            yield DigitTile(**sizes, num_stages=num_stages, overlap=overlap)
+    if max_tokens <= FEW and layout.plane_k >= MIN_BYTES_PLANE:
+        yield from lane_tiles(shape, max_tokens)
+        if shape[0] * shape[1] >= LARGE:
+            yield from digit_tiles(shape, layout, kind)
     for rows, tokens, num_warps, stages, per_processors in tile_sizes(max_tokens):
         splits = dict.fromkeys(
             split_of(shape, layout, -(-shape[0] // rows) * -(-num_tokens // tokens), per_processor)
@@ -66,16 +66,40 @@ def split_of(shape: tuple[int, int], layout: Layout, tiles: int, per_processor: 
     return max(1, min(PROCESSORS * per_processor // tiles, num_blocks // 2))
 
 
-def digit_sizes(max_tokens: int, layout: Layout) -> Iterator[tuple]:
-    """Yield rows, tokens, warps, stages and overlaps of the kernel for few tokens."""
-    if max_tokens == 2:
-        yield 64, 2, 2, (3, 4), ("late", "early")
-        if layout.bits == 3:
-            yield 32, 2, 2, (4,), ("late",)
-        else:
-            yield 64, 2, 4, (3,), ("late",)
-    elif max_tokens == 4:
-        yield 64, 4, 2, (3, 4), ("late",)
+#: By the warps of a program of `lanes`: blocks loaded ahead, whether they are held, turns brought to L2, overlap.
+LANE_WAYS = {
+    1: ((1, True, 0, "own"), (2, True, 0, "own")),
+    2: ((1, True, 0, "own"), (1, False, 0, "own"), (1, True, 0, "late")),
+    4: ((1, True, 0, "own"), (1, False, 0, "own"), (1, True, 2, "late")),
+    8: ((1, True, 0, "own"), (1, False, 0, "own")),
+}
+#: Warps and stages of `digits`, whether lanes load scales directly, blocks brought to L2, overlap.
+DIGIT_WAYS = (
+    (2, 3, True, 0, "own"),
+    (2, 4, True, 0, "own"),
+    (2, 4, True, 4, "own"),
+    (2, 4, True, 4, "late"),
+    (2, 4, False, 0, "own"),
+    (4, 3, False, 0, "own"),
+    (4, 3, False, 4, "late"),
+)
+
+
+def lane_tiles(shape: tuple[int, int], max_tokens: int) -> Iterator[LaneTile]:
+    """Yield tiles of `lanes`: a part of the warps that the device holds at once, or a few times as many."""
+    for num_warps, ways in LANE_WAYS.items():
+        if 6 <= -(-shape[0] // 16) * num_warps / PROCESSORS <= 64:
+            for depth, holds, before, overlap in ways if max_tokens == 1 else ways[:1]:
+                yield LaneTile(num_warps=num_warps, depth=depth, holds=holds, before=before, overlap=overlap)
+
+
+def digit_tiles(shape: tuple[int, int], layout: Layout, kind: Uniform) -> Iterator[DigitTile]:
+    """Yield tiles of `digits`; without groups no scales are loaded in the loop, by whatever way."""
+    split = split_of(shape, layout, -(-shape[0] // 64), 4)
+    for num_warps, num_stages, is_direct, before, overlap in DIGIT_WAYS:
+        if is_direct or kind.group_size or num_warps == 4:
+            sizes = {"rows": 64, "tokens": 2, "split": split, "num_warps": num_warps, "num_stages": num_stages}
+            yield DigitTile(**sizes, overlap=overlap, before=before, is_direct=is_direct)
 
 
 def tile_sizes(max_tokens: int) -> Iterator[tuple]:
@@ -98,19 +122,13 @@ def launch(kind: Uniform, tile: AnyTile, batch: Batch, operand: Operand) -> torc
     tensors = operand.layout("fields")
     shape = (tensors["packed"].shape[0] * 128, batch.x.shape[1])
     out = torch.empty(batch.x.shape[0], shape[0], dtype=torch.float16, device="cuda")
-    start = launch_digits if isinstance(tile, DigitTile) else triton_kernel.launch
-    start(
-        batch.x,
-        tensors["packed"],
-        tensors["scale"],
-        tensors.get("zero_point"),
-        tensors["arrivals"],
-        None,
-        out,
-        layout=layout_of(problem_of(shape, kind)),
-        group_size=kind.group_size,
-        tile=tile,
-    )
+    weight = (tensors["packed"], tensors["scale"], tensors.get("zero_point"))
+    options = {"layout": layout_of(problem_of(shape, kind)), "group_size": kind.group_size, "tile": tile}
+    if isinstance(tile, LaneTile):
+        launch_lanes(batch.x, *weight, None, out, **options)
+    else:
+        start = launch_digits if isinstance(tile, DigitTile) else triton_kernel.launch
+        start(batch.x, *weight, tensors["arrivals"], None, out, **options)
     return out
 
 
@@ -159,7 +177,7 @@ def compile_jobs(cases: list[tuple[tuple[int, int], Uniform]], counts: list[int]
         is_even = shape[1] % layout_of(problem_of(shape, kind)).block_k == 0
         for tile in candidates(shape, max_tokens, kind):
             fields = asdict(tile)
-            is_split = fields.pop("split") > 1
+            is_split = fields.pop("split", 1) > 1
             jobs.setdefault((kind, is_even, is_split, *fields.values()), (shape, kind, max_tokens, tile))
     return list(jobs.values())
 

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The benchmark of weight-only layers without a device: floors, bytes, candidates, measured tiles."""
 
+import dataclasses
 import json
 
 import pytest
@@ -11,7 +12,7 @@ from benchmarks.kernels import weight_only, weight_only_tune, weight_only_unifor
 from benchmarks.kernels.weight_only_uniform import Uniform
 from quattuor.kernels.dispatch import LinearProblem
 from quattuor.kernels.w4a16_linear import measured
-from quattuor.kernels.w4a16_linear.planes import DigitTile, layout_of
+from quattuor.kernels.w4a16_linear.planes import DigitTile, LaneTile, Tile, layout_of
 
 
 @pytest.fixture
@@ -41,9 +42,9 @@ def test_candidates_fit_the_device(bits):
         assert len(tiles) == len(set(tiles)) > 0
         layout = layout_of(weight_only_uniform.problem_of((11008, 4096), kind))
         for tile in tiles:
-            assert tile.split <= -(-4096 // layout.block_k)
-            # four bytes of each element for every 64 rows: more tokens would be more bytes than the weight
-            assert not isinstance(tile, DigitTile) or max_tokens <= 4
+            num_blocks = -(-4096 // layout.block_k)
+            assert isinstance(tile, Tile) or max_tokens <= 2
+            assert (tile.num_warps if isinstance(tile, LaneTile) else tile.split) <= num_blocks
 
 
 def test_jobs_compile_each_kernel_once(hopper):
@@ -71,9 +72,12 @@ def test_measured_tiles_are_found_by_layer_and_token_count():
         )
         tile = measured.find(problem, row["max_tokens"])
         assert tile is not None
-        assert [tile.rows, tile.tokens] == [row["tile"]["rows"], row["tile"]["tokens"]]
-        assert tile.tokens <= max(16, row["max_tokens"])
+        assert dataclasses.asdict(tile) == row["tile"]
         assert measured.find(problem, 1 << 20) is None
+        if isinstance(tile, LaneTile):
+            assert row["max_tokens"] <= 2
+            continue
+        assert tile.tokens <= max(16, row["max_tokens"])
         layout = layout_of(problem)
         # three words of 3-bit codes, one of others, and the tokens of a block, for each stage
         bytes_of_token = 4 if isinstance(tile, DigitTile) else 2

@@ -12,12 +12,13 @@ from quattuor.kernels.dispatch import LinearProblem
 from quattuor.kernels.w4a8_linear.planes import MAX_SPLIT_TILES
 
 __all__ = [
-    "MAX_DIGIT_FEATURES",
-    "MIN_DIGIT_PLANE",
+    "MAX_BYTES_FEATURES",
+    "MIN_BYTES_PLANE",
     "MIN_PLANE",
     "STORED_BITS",
     "TILE_ROWS",
     "DigitTile",
+    "LaneTile",
     "Layout",
     "Tile",
     "layout_of",
@@ -38,9 +39,9 @@ MIN_PLANE = 16
 #: Rows that lie together in memory; the packed weight is padded to whole tiles of rows.
 TILE_ROWS = 128
 #: The shortest plane of the kernel for few tokens, whose products take 32 elements of K.
-MIN_DIGIT_PLANE = 32
+MIN_BYTES_PLANE = 32
 #: The largest K whose int32 sum of products of bytes cannot overflow.
-MAX_DIGIT_FEATURES = 2**17 - 1
+MAX_BYTES_FEATURES = 2**17 - 1
 #: Integer zero points of the stored codes up to this are kept in a byte and subtracted before the product.
 MAX_ZERO = 255
 
@@ -58,10 +59,13 @@ class Tile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DigitTile:
-    """The work of one program of the kernel for few tokens, as in `Tile`.
+    """The work of one program of `digits`, as in `Tile`; it brings `before` blocks to L2 before it waits.
 
-    `overlap` says when the next kernel of the stream may start its programs: "none" after this one, "early" at
-    once, "late" when every program of this one has multiplied; the last two need compute capability 9.0.
+    With `is_direct` lanes load the scales of groups that they need, without an exchange through shared memory.
+
+    `overlap` says which kernels of the stream run at the same time, for compute capability 9.0: "none"; "own" for
+    the product beside the kernel that writes the bytes; "early" and "late" for the kernel after the product as
+    well, which may start its programs at once, or when every program of this one has multiplied.
     """
 
     rows: int
@@ -69,6 +73,23 @@ class DigitTile:
     split: int
     num_warps: int
     num_stages: int
+    overlap: str
+    before: int
+    is_direct: bool
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LaneTile:
+    """The work of one program of `registers`: 16 rows, whose blocks of K `num_warps` take in turn.
+
+    A warp has loaded `depth` blocks ahead; with `holds`, the next one before it multiplies this one. The program
+    brings to L2 what its warps take in the first `before` turns. `overlap` is as in `DigitTile`.
+    """
+
+    num_warps: int
+    depth: int
+    holds: bool
+    before: int
     overlap: str
 
 

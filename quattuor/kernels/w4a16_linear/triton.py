@@ -12,21 +12,22 @@ from quattuor.kernels.dispatch import Implementation, LinearProblem, TokenRange
 from quattuor.kernels.w4a8_linear.triton import processors
 from quattuor.kernels.w4a16_linear import measured
 from quattuor.kernels.w4a16_linear.planes import (
-    MAX_DIGIT_FEATURES,
-    MIN_DIGIT_PLANE,
+    MAX_BYTES_FEATURES,
+    MIN_BYTES_PLANE,
     MIN_PLANE,
     STORED_BITS,
     DigitTile,
+    LaneTile,
     Layout,
     Tile,
     layout_of,
     prepare_tensors,
 )
 
-__all__ = ["DECODED_FROM", "Triton", "choose_digit_tile", "choose_tile", "takes_digits"]
+__all__ = ["DECODED_FROM", "Triton", "choose_lane_tile", "choose_tile", "takes_bytes"]
 
 #: Without a measured tile, up to this many tokens of a layer of so many codes are multiplied as bytes.
-DIGITS_TO, LARGE = 2, 2**27
+FEW, LARGE = 2, 2**27
 
 #: From this many tokens on, the weight is written out once per call and multiplied by the library.
 DECODED_FROM = 512
@@ -67,23 +68,16 @@ def choose_tile(
     return Tile(rows=rows, tokens=tokens, split=split, num_warps=num_warps, num_stages=num_stages)
 
 
-def choose_digit_tile(out_features: int, layout: Layout, num_blocks: int, num_processors: int) -> DigitTile:
-    """Return the tile of the kernel for few tokens, for compute capability 9.0; what most measured layers chose.
-
-    The bytes of two tokens for 32 elements, a plane of 3-bit codes, are too few for the copies of four warps.
-    """
-    tiles = -(-out_features // 64)
-    return DigitTile(
-        rows=64,
-        tokens=DIGITS_TO,
-        split=max(1, min(num_processors * 4 // tiles, num_blocks // 2)),
-        num_warps=4 if layout.bits >= 4 else 2,
-        num_stages=4 if layout.bits == 2 else 3,
-        overlap="late",
-    )
+def choose_lane_tile(out_features: int, num_blocks: int, num_processors: int) -> LaneTile:
+    """Return the tile of `lanes`, for compute capability 9.0; what most measured layers chose."""
+    tiles = -(-out_features // 16)
+    num_warps = 2
+    while num_warps < 8 and tiles * num_warps < 16 * num_processors and 2 * num_warps <= num_blocks:
+        num_warps *= 2
+    return LaneTile(num_warps=num_warps, depth=1, holds=True, before=0, overlap="own")
 
 
-def takes_digits(problem: LinearProblem, num_tokens: int, element_size: int, has_warpgroups: bool) -> bool:
+def takes_bytes(problem: LinearProblem, num_tokens: int, element_size: int, has_warpgroups: bool) -> bool:
     """Return whether bytes are multiplied where no tile was measured.
 
     They are where the kernel before the product does not show beside the weight, and where activations of 4 bytes
@@ -93,24 +87,26 @@ def takes_digits(problem: LinearProblem, num_tokens: int, element_size: int, has
     is_large = layout.bits < 8 and problem.out_features * problem.in_features >= LARGE
     return (
         has_warpgroups
-        and num_tokens <= DIGITS_TO
-        and layout.plane_k >= MIN_DIGIT_PLANE
-        and problem.in_features <= MAX_DIGIT_FEATURES
+        and num_tokens <= FEW
+        and layout.plane_k >= MIN_BYTES_PLANE
+        and problem.in_features <= MAX_BYTES_FEATURES
         and (is_large or element_size == 4)
     )
 
 
 @functools.lru_cache(maxsize=4096)
-def tile_for(problem: LinearProblem, num_tokens: int, element_size: int, device: torch.device) -> Tile | DigitTile:
+def tile_for(
+    problem: LinearProblem, num_tokens: int, element_size: int, device: torch.device
+) -> Tile | DigitTile | LaneTile:
     """Return the measured tile of a layer, or the one that the rule gives."""
     tile = measured.find(problem, num_tokens)
-    if isinstance(tile, DigitTile) or (tile is not None and element_size == 2):
+    if isinstance(tile, DigitTile | LaneTile) or (tile is not None and element_size == 2):
         return tile
     layout = layout_of(problem)
     num_blocks = -(-problem.in_features // layout.block_k)
     num_processors, has_warpgroups = processors(device)
-    if takes_digits(problem, num_tokens, element_size, has_warpgroups):
-        return choose_digit_tile(problem.out_features, layout, num_blocks, num_processors)
+    if takes_bytes(problem, num_tokens, element_size, has_warpgroups):
+        return choose_lane_tile(problem.out_features, num_blocks, num_processors)
     return choose_tile(
         num_tokens, problem.out_features, layout, num_blocks, num_processors, has_warpgroups, element_size
     )
@@ -161,6 +157,7 @@ class Triton(Implementation):
     ) -> Tensor:
         from quattuor.kernels.w4a16_linear.decode_kernel import launch_decode
         from quattuor.kernels.w4a16_linear.digits import launch_digits
+        from quattuor.kernels.w4a16_linear.lanes import launch_lanes
         from quattuor.kernels.w4a16_linear.triton_kernel import launch as launch_tiles
 
         (x,) = inputs
@@ -179,6 +176,10 @@ class Triton(Implementation):
             x = x if x.stride(1) == 1 else x.contiguous()
             bias = bias if bias is None else bias.contiguous()
             tile = tile_for(problem, num_tokens, x.element_size(), x.device)
-            launch = launch_digits if isinstance(tile, DigitTile) else launch_tiles
-            launch(x, *weight, operand["arrivals"], bias, out, tile=tile, **kind)
+            if isinstance(tile, LaneTile):
+                launch_lanes(x, *weight, bias, out, tile=tile, **kind)
+            elif isinstance(tile, DigitTile):
+                launch_digits(x, *weight, operand["arrivals"], bias, out, tile=tile, **kind)
+            else:
+                launch_tiles(x, *weight, operand["arrivals"], bias, out, tile=tile, **kind)
         return out

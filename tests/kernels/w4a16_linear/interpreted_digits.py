@@ -14,7 +14,7 @@ from interpreted_w4a16 import WEIGHTS, make_case
 from quattuor.kernels import w4a16_linear
 from quattuor.kernels.w4a16_linear.digits import launch_digits
 from quattuor.kernels.w4a16_linear.digits.digits_kernel import digits_of
-from quattuor.kernels.w4a16_linear.planes import MIN_DIGIT_PLANE, DigitTile, layout_of, prepare_tensors
+from quattuor.kernels.w4a16_linear.planes import MIN_BYTES_PLANE, DigitTile, layout_of, prepare_tensors
 
 #: Tokens of the batch and of a tile, parts of K, dtype of the activations.
 KINDS = ((1, 2, 1, torch.float16), (3, 4, 2, torch.float32), (5, 2, 1, torch.bfloat16))
@@ -34,7 +34,9 @@ def check_case(case, kind, spoils, out_features=40, in_features=600):
     offset = 0 if zero_point is None else zero_point[:, group_of_k].double()
     exact = x.double() @ (scale[:, group_of_k].double() * (codes.double() - offset)).T + bias
     tensors = prepare_tensors(problem, codes, scale, zero_point)
-    tile = DigitTile(rows=64, tokens=tokens, split=split, num_warps=4, num_stages=2, overlap="none")
+    tile = DigitTile(
+        rows=64, tokens=tokens, split=split, num_warps=4, num_stages=2, overlap="none", before=0, is_direct=True
+    )
 
     def run(x):
         out = torch.full((num_tokens, out_features), torch.nan)
@@ -60,7 +62,7 @@ def check_case(case, kind, spoils, out_features=40, in_features=600):
 def check_digits(dtype):
     """Fail unless the digits of a token, put together, are its elements to half a unit."""
     x = (torch.randn(3, 700) * torch.tensor([[1e-3], [1.0], [0.0]])).to(dtype)
-    found = digits_of(x, 768, 128, starts=False)
+    found = digits_of(x, 768, 128, overlap="none")
     digit = found.digits.view(3, 4, 768)
     number = sum(digit[:, i].double() * 256**i for i in range(4))
     assert not number[:, 700:].any()
@@ -77,7 +79,7 @@ def main() -> None:
     for dtype in (torch.float16, torch.bfloat16, torch.float32):
         check_digits(dtype)
         print("digits", dtype)
-    cases = [case for case in WEIGHTS if layout_of(make_case(*case, 8, 600)[0]).plane_k >= MIN_DIGIT_PLANE]
+    cases = [case for case in WEIGHTS if layout_of(make_case(*case, 8, 600)[0]).plane_k >= MIN_BYTES_PLANE]
     for index, (case, kind) in enumerate(zip(cases, itertools.cycle(KINDS), strict=False)):
         print("close", case, kind, *check_case(case, kind, spoils=index % 4 == 0))
 

@@ -19,9 +19,8 @@ from quattuor.kernels import w4a16_linear
 from quattuor.kernels.dispatch import LinearProblem, describe_device
 from quattuor.kernels.w4a16_linear import measured
 from quattuor.kernels.w4a16_linear.digits import launch_digits
-from quattuor.kernels.w4a16_linear.digits.product_kernel import AHEAD, product_kernel
+from quattuor.kernels.w4a16_linear.digits.product_kernel import product_kernel
 from quattuor.kernels.w4a16_linear.planes import DigitTile, Tile, layout_of
-from quattuor.kernels.w4a16_linear.triton import choose_digit_tile, takes_digits
 
 
 def test_interpreted_kernels_are_close_to_float64():
@@ -34,19 +33,21 @@ def test_interpreted_kernels_are_close_to_float64():
 
 
 @pytest.mark.parametrize(
-    ("bits", "group_size", "zero"),
+    ("bits", "group_size", "zero", "num_warps", "is_direct"),
     [
-        (4, 128, 0),
-        (3, 128, 0),
-        (2, 64, 1),
-        pytest.param(4, None, 0, marks=pytest.mark.slow),
-        pytest.param(3, 64, 2, marks=pytest.mark.slow),
-        pytest.param(8, 128, 1, marks=pytest.mark.slow),
+        (4, 128, 0, 4, False),
+        (3, 128, 0, 2, True),
+        (2, 64, 1, 2, False),
+        pytest.param(2, 128, 0, 2, True, marks=pytest.mark.slow),
+        pytest.param(4, None, 0, 4, False, marks=pytest.mark.slow),
+        pytest.param(3, 64, 2, 2, False, marks=pytest.mark.slow),
+        pytest.param(8, 128, 1, 4, False, marks=pytest.mark.slow),
     ],
 )
-def test_machine_code(bits, group_size, zero):
+def test_machine_code(bits, group_size, zero, num_warps, is_direct):
     layout = layout_of(problem(bits, group_size))
-    tile = choose_digit_tile(28672, layout, 8192 // layout.block_k, 132)
+    sizes = {"rows": 64, "tokens": 2, "split": 1, "num_warps": num_warps, "num_stages": 3, "before": 4}
+    tile = DigitTile(**sizes, overlap="own", is_direct=is_direct)
     binary = compile_product(tile, layout, group_size, zero)
     assert binary.stack_bytes == 0
     assert binary.count("STL") == binary.count("LDL") == 0
@@ -57,6 +58,9 @@ def test_machine_code(bits, group_size, zero):
     # words and digits come through asynchronous copies
     assert binary.count("LDGSTS") > 0
     assert binary.count("LDS.64") > 0
+    if num_warps == 2:
+        # two barriers for each stage, and few after the loop; the others are for scales
+        assert (binary.count("BAR") <= 6) == is_direct
 
 
 def compile_product(tile, layout, group_size, zero):
@@ -80,7 +84,8 @@ def compile_product(tile, layout, group_size, zero):
         "HAS_BIAS": False,
         "IS_SPLIT": tile.split > 1,
         "OVERLAP": 2,
-        "AHEAD": AHEAD,
+        "BEFORE": tile.before,
+        "IS_DIRECT": tile.is_direct,
     }
     return compile_kernel(
         product_kernel,
@@ -91,31 +96,6 @@ def compile_product(tile, layout, group_size, zero):
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
     )
-
-
-def test_digits_are_taken_for_few_tokens_of_large_layers_with_long_planes():
-    layer = problem(4, 128)
-    large = replace(layer, out_features=28672)
-    assert takes_digits(large, 2, 2, True)
-    assert not takes_digits(large, 3, 2, True)
-    assert not takes_digits(large, 1, 2, False)
-    assert not takes_digits(layer, 1, 2, True)
-    assert not takes_digits(replace(large, weight_bits=8), 1, 2, True)
-    # float32 has no other products on tensor cores
-    assert takes_digits(layer, 1, 4, True)
-    assert not takes_digits(problem(4, 16), 1, 4, True)
-    # the sum of a whole row must fit 32 bits: 2^17 products of -128 and -128 do not
-    assert takes_digits(replace(large, in_features=2**17 - 1), 1, 2, True)
-    assert not takes_digits(replace(large, in_features=2**17), 1, 2, True)
-
-
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
-def test_tiles_split_no_block(bits):
-    layout = layout_of(problem(bits, 128))
-    for out_features, in_features in ((64, 512), (4096, 4096), (28672, 8192)):
-        num_blocks = -(-in_features // layout.block_k)
-        tile = choose_digit_tile(out_features, layout, num_blocks, 132)
-        assert 1 <= tile.split <= max(1, num_blocks // 2)
 
 
 def test_measured_layers_take_the_tile_that_was_faster():
@@ -133,9 +113,11 @@ def test_measured_layers_take_the_tile_that_was_faster():
 @pytest.mark.parametrize(
     "tile",
     [
-        DigitTile(rows=64, tokens=2, split=1, num_warps=4, num_stages=3, overlap="late"),
-        DigitTile(rows=64, tokens=4, split=3, num_warps=4, num_stages=4, overlap="early"),
-        DigitTile(rows=32, tokens=2, split=2, num_warps=2, num_stages=3, overlap="none"),
+        DigitTile(rows=64, tokens=2, split=1, num_warps=4, num_stages=3, overlap="late", before=4, is_direct=True),
+        DigitTile(
+            rows=64, tokens=4, split=3, num_warps=4, num_stages=4, overlap="early", before=0, is_direct=False
+        ),
+        DigitTile(rows=32, tokens=2, split=2, num_warps=2, num_stages=3, overlap="none", before=0, is_direct=True),
     ],
     ids=["late", "early", "none"],
 )

@@ -49,10 +49,12 @@ def digits_kernel(
     BLOCK: tl.constexpr,
     SEARCH: tl.constexpr,
     STARTS: tl.constexpr,
+    WAITS: tl.constexpr,
 ):
     """BLOCK elements of one token; LENGTH is that of a sum, 0 for the sum of the token, and less for none."""
     if STARTS:
         gdc_launch_dependents()
+    if WAITS:
         gdc_wait()
     block = tl.program_id(0)
     token = tl.program_id(1)
@@ -97,14 +99,14 @@ def digits_kernel(
         tl.store(where + 1, tl.sum(tl.reshape(high, (BLOCK // LENGTH, LENGTH)), axis=1).to(tl.float32), mask=mask)
 
 
-def digits_of(x: Tensor, padded_features: int, length: int | None, *, starts: bool) -> Digits:
+def digits_of(x: Tensor, padded_features: int, length: int | None, *, overlap: str) -> Digits:
     """Return the integers of the tokens x [M, K], zero beyond K.
 
     Args:
         x: Floating point, rows contiguous.
         padded_features: K', a multiple of 16.
         length: Elements of a sum, a power of two up to 1024; 0 for the sum of a token, None for no sums.
-        starts: Let the next kernel start at once, which has to wait before it reads; compute capability 9.0.
+        overlap: Of the product, which starts at once but with "none" and has to wait before it reads.
     """
     num_tokens, in_features = x.shape
     digits = torch.empty(num_tokens * DIGITS, padded_features, dtype=torch.int8, device=x.device)
@@ -122,8 +124,9 @@ def digits_of(x: Tensor, padded_features: int, length: int | None, *, starts: bo
         LENGTH=-1 if length is None else length,
         BLOCK=BLOCK,
         SEARCH=SEARCH,
-        STARTS=starts,
+        STARTS=overlap != "none",
+        WAITS=overlap in ("early", "late"),
         num_warps=8,
-        launch_pdl=starts,
+        launch_pdl=overlap in ("early", "late"),
     )
     return Digits(digits, unit, sums)

@@ -14,7 +14,7 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quattuor.kernels.launch import launcher
 from quattuor.kernels.tiles import join_parts, store_tile
-from quattuor.kernels.w4a8_linear.triton_kernel import EARLY, LATE, NONE, OVERLAPS, prefetch_bytes
+from quattuor.kernels.w4a8_linear.triton_kernel import prefetch_bytes
 from quattuor.kernels.w4a16_linear.decode_kernel import (
     FAR,
     MIDDLE,
@@ -28,13 +28,11 @@ from quattuor.kernels.w4a16_linear.decode_kernel import (
 )
 from quattuor.kernels.w4a16_linear.digits.digits_kernel import digits_of
 from quattuor.kernels.w4a16_linear.digits.unpacking import byte_assembly, byte_constraints
+from quattuor.kernels.w4a16_linear.overlap import EARLY, LATE, NONE, OVERLAPS
 from quattuor.kernels.w4a16_linear.planes import TILE_ROWS, DigitTile, Layout
 from quattuor.kernels.w4a16_linear.unpacking import word_of
 
 __all__ = ["launch_digits", "product_kernel"]
-
-#: Blocks of the weight that are brought to the cache while the kernels before this one run.
-AHEAD = 4
 
 
 @triton.jit
@@ -54,6 +52,47 @@ def decode_bytes(words, BITS: tl.constexpr, PLANE: tl.constexpr, ASM: tl.constex
     else:
         value = ((field(word, words[1], words[2], BITS, PLANE) - (1 << (BITS - 1))) << (8 - BITS)).to(tl.int8)
     return value
+
+
+@triton.constexpr_function
+def load_assembly(bits):
+    """Return the assembly that loads one unsigned value into a register of 32 bits."""
+    return f"ld.global.nc.{'b32' if bits == 32 else f'u{bits}'} $0, [$1];"
+
+
+@triton.jit
+def load_rows(
+    values,
+    block,
+    N_PADDED,
+    PIECES: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    IS_DIRECT: tl.constexpr,
+):
+    """The value of each row for each piece of a block; IS_DIRECT by the lanes that need it.
+
+    What a load of the compiler returns goes through shared memory to these lanes.
+    """
+    found = ()
+    if IS_DIRECT:
+        WIDTH: tl.constexpr = values.dtype.element_ty.primitive_bitwidth
+        for piece in tl.static_range(PIECES):
+            group = (block * BLOCK_K + piece * (BLOCK_K // PIECES)) // GROUP_SIZE
+            value = tl.inline_asm_elementwise(
+                load_assembly(WIDTH),
+                "=r,l",
+                [(values + group * N_PADDED).to(tl.int64)],
+                dtype=tl.int32,
+                is_pure=True,
+                pack=1,
+            )
+            if values.dtype.element_ty == tl.float32:
+                value = value.to(tl.float32, bitcast=True)
+            found = found + (value,)  # noqa: RUF005 (Triton knows no unpacking)
+    else:
+        found = load_groups(values, block, N_PADDED, PIECES, BLOCK_K, GROUP_SIZE, True)
+    return found
 
 
 @triton.jit
@@ -108,7 +147,8 @@ def product_kernel(
     IS_SPLIT: tl.constexpr,
     ASM: tl.constexpr,
     OVERLAP: tl.constexpr,
-    AHEAD: tl.constexpr,
+    BEFORE: tl.constexpr,
+    IS_DIRECT: tl.constexpr,
 ):
     """One tile of ROWS outputs by TOKENS tokens over 1 / SPLIT of the K blocks, in pieces of one group.
 
@@ -149,7 +189,7 @@ def product_kernel(
         rows_start = (
             packed + (row_tile * ROWS // 128).to(tl.int64) * NUM_BLOCKS * STEP + row_tile * ROWS % 128 * PLANE_K
         )
-        for ahead in tl.static_range(AHEAD):
+        for ahead in tl.static_range(BEFORE):
             block = tl.minimum(first + ahead, last - 1)
             for word in tl.static_range(WORDS):
                 prefetch_bytes(rows_start + block * STEP + word * (128 * PLANE_K), ROWS * PLANE_K * 2)
@@ -164,9 +204,9 @@ def product_kernel(
     scales = ()
     zeros = ()
     if IS_GROUPED:
-        scales = load_groups(row_scale, first, N_PADDED, PIECES, BLOCK_K, GROUP, True)
+        scales = load_rows(row_scale, first, N_PADDED, PIECES, BLOCK_K, GROUP, IS_DIRECT)
         if HAS_ZERO:
-            zeros = load_groups(row_zero, first, N_PADDED, PIECES, BLOCK_K, GROUP, True)
+            zeros = load_rows(row_zero, first, N_PADDED, PIECES, BLOCK_K, GROUP, IS_DIRECT)
     whole = tl.zeros((ROWS, COLUMNS), dtype=tl.int32)
     acc = tl.zeros((ROWS, PAIRS), dtype=tl.float32)
     token_digits = digits + column[None, :].to(tl.int64) * K_PADDED + inside[:, None]
@@ -182,9 +222,9 @@ def product_kernel(
                 if HAS_ZERO:
                     prefetch_groups(tile_zero, far, N_PADDED, ROWS, PIECES, BLOCK_K, GROUP)
             following = tl.minimum(block + 1, last - 1)
-            scales = load_groups(row_scale, following, N_PADDED, PIECES, BLOCK_K, GROUP, True)
+            scales = load_rows(row_scale, following, N_PADDED, PIECES, BLOCK_K, GROUP, IS_DIRECT)
             if HAS_ZERO:
-                zeros = load_groups(row_zero, following, N_PADDED, PIECES, BLOCK_K, GROUP, True)
+                zeros = load_rows(row_zero, following, N_PADDED, PIECES, BLOCK_K, GROUP, IS_DIRECT)
         for piece in tl.static_range(PIECES):
             product = whole
             if IS_GROUPED:
@@ -252,7 +292,7 @@ def launch_digits(
     if zero_point is not None:
         length = layout.block_k // layout.pieces(group_size) if group_size else 0
     starts = tile.overlap != "none"
-    tokens = digits_of(x, packed.shape[1] * layout.block_k, length, starts=starts)
+    tokens = digits_of(x, packed.shape[1] * layout.block_k, length, overlap=tile.overlap)
     partial = scale
     if tile.split > 1:
         shape = (num_tiles * tile.split * tile.rows * tile.tokens,)
@@ -279,7 +319,8 @@ def launch_digits(
         HAS_BIAS=bias is not None,
         IS_SPLIT=tile.split > 1,
         OVERLAP=OVERLAPS[tile.overlap],
-        AHEAD=AHEAD,
+        BEFORE=tile.before,
+        IS_DIRECT=tile.is_direct and not interpret,
         **fixed,
         num_warps=tile.num_warps,
         num_stages=tile.num_stages,
