@@ -8,16 +8,19 @@ import triton
 import triton.language as tl
 
 __all__ = [
+    "HELD",
     "ONCE",
     "SHARED",
     "add_pairs",
     "as_numbers",
     "from_lane",
+    "hold",
     "load_two_words",
     "load_words",
     "multiply",
     "multiply_pairs",
     "permute",
+    "prefetch",
     "selectors",
     "shift_right",
 ]
@@ -25,7 +28,32 @@ __all__ = [
 
 # How words are loaded: those that no other program reads, and those that other warps read as well.
 ONCE = tl.constexpr("ld.global.nc.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];")
+#: As those of `ONCE`, but `hold` holds them, which it does not hold loads of memory that is constant.
+HELD = tl.constexpr("ld.global.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];")
 SHARED = tl.constexpr("ld.global.v4.b32 {$0, $1, $2, $3}, [$4];")
+
+
+@triton.jit
+def hold(ASM: tl.constexpr):
+    """Let the assembler move no load across: it would put those of the next block after the last product."""
+    if ASM:
+        tl.inline_asm_elementwise(
+            "mov.u32 $0, 0; bar.warp.sync 0xffffffff;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
+        )
+
+
+@triton.jit
+def prefetch(pointer, ASM: tl.constexpr):
+    """Bring the cache lines of addresses to L2."""
+    if ASM:
+        tl.inline_asm_elementwise(
+            "mov.u32 $0, 0; prefetch.global.L2 [$1];",
+            "=r,l",
+            [pointer.to(tl.int64)],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
 
 
 @triton.jit

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from quattuor.kernels.lut_linear.lanes.instructions import (
+    HELD,
     ONCE,
     SHARED,
     load_words,
@@ -18,11 +19,11 @@ __all__ = ["add_entries_step", "add_planes_step", "load_block", "load_table", "l
 
 
 @triton.jit
-def load_block(start, BITS: tl.constexpr, ASM: tl.constexpr):
+def load_block(start, BITS: tl.constexpr, ASM: tl.constexpr, HOLDS: tl.constexpr = False):
     """The words of a block."""
     words = ()
     for load in tl.static_range(BITS):
-        words += load_words(start + load * 128, ONCE, ASM)
+        words += load_words(start + load * 128, HELD if HOLDS else ONCE, ASM)
     return words
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
 from quattuor.kernels.launch import launcher
+from quattuor.kernels.lut_linear.lanes.instructions import hold, prefetch
 from quattuor.kernels.lut_linear.lanes.layout import BLOCK_K, ONE_GROUP, TILE_ROWS, unit_of
 from quattuor.kernels.lut_linear.lanes.limbs_kernel import limbs_of
 from quattuor.kernels.lut_linear.lanes.scales import MAGIC_BITS, add_scaled, less_constants, load_scales
@@ -31,11 +32,9 @@ __all__ = ["Ahead", "ahead_of", "launch", "token_kernel"]
 
 
 @triton.jit
-def single_entries(x, row_offsets, columns, values, row, CHUNK: tl.constexpr):
-    """The single entries of each row times the token."""
-    start = tl.load(row_offsets + row)
-    stop = tl.load(row_offsets + row + 1)
-    total = tl.zeros(row.shape, dtype=tl.float32)
+def single_entries(x, start, stop, columns, values, CHUNK: tl.constexpr):
+    """The single entries of each row, from `start` to `stop`, times the token."""
+    total = tl.zeros(start.shape, dtype=tl.float32)
     for first in range(0, tl.max(stop - start, axis=0), CHUNK):
         place = start[:, None] + (tl.arange(0, CHUNK) + first)[None, :]
         mask = place < stop[:, None]
@@ -79,6 +78,8 @@ def token_kernel(
     WARPS: tl.constexpr,
     DEPTH: tl.constexpr,
     EARLY: tl.constexpr,
+    HOLDS: tl.constexpr,
+    ENTRIES_LAST: tl.constexpr,
     BITS: tl.constexpr,
     PLANES: tl.constexpr,
     UNIT: tl.constexpr,
@@ -107,7 +108,7 @@ def token_kernel(
     ahead = ()
     for turn in tl.static_range(DEPTH):
         start = weight + tl.minimum(turn * WARPS + warp, NUM_BLOCKS - 1) * (BITS * 128)
-        ahead += (load_block(start, BITS, ASM),)
+        ahead += (load_block(start, BITS, ASM, HOLDS),)
     every = rows * 16 + tl.arange(0, 16)
     constant = tl.zeros((16,), dtype=tl.float32)
     scales = ()
@@ -125,7 +126,13 @@ def token_kernel(
     if HAS_BIAS:
         last += tl.load(bias + every, mask=every < N, other=0.0).to(tl.float32)
     if HAS_SPARSE:
-        last += single_entries(x, row_offsets, columns, values, every, 32)
+        first_entry = tl.load(row_offsets + every)
+        last_entry = tl.load(row_offsets + every + 1)
+        if ENTRIES_LAST:
+            prefetch(columns + first_entry, ASM)
+            prefetch(values + first_entry, ASM)
+        else:
+            last += single_entries(x, first_entry, last_entry, columns, values, 32)
     if WAITS:
         gdc_wait()
 
@@ -140,11 +147,13 @@ def token_kernel(
         for index in tl.static_range(1, DEPTH):
             following += (ahead[index],)
         start = weight + tl.minimum(block + DEPTH * WARPS, NUM_BLOCKS - 1) * (BITS * 128)
-        ahead = following + (load_block(start, BITS, ASM),)  # noqa: RUF005 (Triton knows no unpacking)
+        ahead = following + (load_block(start, BITS, ASM, HOLDS),)  # noqa: RUF005 (Triton knows no unpacking)
         if EARLY:
             bytes_of = next_bytes
             next_bytes = load_token(token + tl.minimum(block + WARPS, ROUNDS * WARPS - 1) * 256, ASM)
-        else:
+        if HOLDS:
+            hold(ASM)
+        if not EARLY:
             bytes_of = load_token(token + block * 256, ASM)
         for step in tl.static_range(8):
             if UNIT > 0:
@@ -166,6 +175,8 @@ def token_kernel(
                     totals = less_constants(totals, own, offset, group, row, total, N_PADDED, COUNT, HAS_OFFSET)
     if UNIT == 0:
         totals = add_scaled(totals, integers, scales, COUNT, PLANES, False)
+    if HAS_SPARSE and ENTRIES_LAST:
+        last += single_entries(x, first_entry, last_entry, columns, values, 32)
 
     y = of_rows(totals, lane, WARPS) * (tl.load(unit) * FACTOR) + last
     if PLANES and UNIT == 0:
@@ -179,6 +190,8 @@ class Ahead:
 
     depth: int = 1
     early: bool = False
+    holds: bool = False
+    entries_last: bool = False
 
 
 def ahead_of(problem: LutProblem) -> Ahead:
@@ -234,6 +247,8 @@ def launch(
         WARPS=num_warps,
         DEPTH=ahead.depth,
         EARLY=ahead.early,
+        HOLDS=ahead.holds,
+        ENTRIES_LAST=ahead.entries_last,
         BITS=problem.weight_bits,
         PLANES=is_planes,
         UNIT=unit,
