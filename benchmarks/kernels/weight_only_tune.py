@@ -70,7 +70,7 @@ def split_of(shape: tuple[int, int], layout: Layout, tiles: int, per_processor: 
 LANE_WAYS = {
     1: ((1, True, 0, "own"), (2, True, 0, "own")),
     2: ((1, True, 0, "own"), (1, False, 0, "own"), (1, True, 0, "late")),
-    4: ((1, True, 0, "own"), (1, False, 0, "own"), (1, True, 2, "late")),
+    4: ((1, True, 0, "own"), (1, False, 0, "own"), (1, True, 0, "late"), (1, True, 2, "late")),
     8: ((1, True, 0, "own"), (1, False, 0, "own")),
 }
 #: Warps and stages of `digits`, whether lanes load scales directly, blocks brought to L2, overlap.
@@ -78,9 +78,11 @@ DIGIT_WAYS = (
     (2, 3, True, 0, "own"),
     (2, 4, True, 0, "own"),
     (2, 4, True, 4, "own"),
+    (2, 4, True, 0, "late"),
     (2, 4, True, 4, "late"),
     (2, 4, False, 0, "own"),
     (4, 3, False, 0, "own"),
+    (4, 3, False, 0, "late"),
     (4, 3, False, 4, "late"),
 )
 

@@ -163,7 +163,7 @@ def test_machine_code_for_one_token(capability, kind, bits, unit, most):
     is_planes = kind == "planes"
     ahead = ahead_of(make_layer(16, 256, kind=kind, bits=bits, group_size=unit or None).problem)
     constants = {"DEPTH": ahead.depth, "EARLY": ahead.early, "BITS": bits}
-    constants |= {"HOLDS": ahead.holds, "ENTRIES_LAST": ahead.entries_last}
+    constants |= {"HOLDS": ahead.holds, "ENTRIES_LAST": ahead.entries_last, "CHUNK": ahead.chunk}
     constants |= {"WARPS": 4, "PLANES": is_planes, "UNIT": unit, "GROUP_SIZE": unit or ONE_GROUP}
     constants |= {"HAS_OFFSET": is_planes, "HAS_SPARSE": not is_planes, "HAS_BIAS": True}
     constants |= {"WAITS": capability == 90, "ASM": True}

@@ -80,6 +80,7 @@ def token_kernel(
     EARLY: tl.constexpr,
     HOLDS: tl.constexpr,
     ENTRIES_LAST: tl.constexpr,
+    CHUNK: tl.constexpr,
     BITS: tl.constexpr,
     PLANES: tl.constexpr,
     UNIT: tl.constexpr,
@@ -132,7 +133,7 @@ def token_kernel(
             prefetch(columns + first_entry, ASM)
             prefetch(values + first_entry, ASM)
         else:
-            last += single_entries(x, first_entry, last_entry, columns, values, 32)
+            last += single_entries(x, first_entry, last_entry, columns, values, CHUNK)
     if WAITS:
         gdc_wait()
 
@@ -176,7 +177,7 @@ def token_kernel(
     if UNIT == 0:
         totals = add_scaled(totals, integers, scales, COUNT, PLANES, False)
     if HAS_SPARSE and ENTRIES_LAST:
-        last += single_entries(x, first_entry, last_entry, columns, values, 32)
+        last += single_entries(x, first_entry, last_entry, columns, values, CHUNK)
 
     y = of_rows(totals, lane, WARPS) * (tl.load(unit) * FACTOR) + last
     if PLANES and UNIT == 0:
@@ -192,6 +193,7 @@ class Ahead:
     early: bool = False
     holds: bool = False
     entries_last: bool = False
+    chunk: int = 32
 
 
 def ahead_of(problem: LutProblem) -> Ahead:
@@ -249,6 +251,7 @@ def launch(
         EARLY=ahead.early,
         HOLDS=ahead.holds,
         ENTRIES_LAST=ahead.entries_last,
+        CHUNK=ahead.chunk,
         BITS=problem.weight_bits,
         PLANES=is_planes,
         UNIT=unit,
