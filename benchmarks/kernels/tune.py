@@ -107,8 +107,19 @@ def triton_candidates(shape: tuple[int, int], max_tokens: int, channel: bool) ->
 def lanes_candidates(shape: tuple[int, int]) -> Iterator[LanesTile]:
     """Yield the tiles for one token worth timing; some of them may be equal."""
     if shape[1] % BLOCK_K == 0:
-        for rows, num_warps, ahead in ((8, 4, 3), (8, 4, 4), (8, 4, 6), (8, 4, 8), (16, 8, 5), (8, 8, 14)):
-            yield LanesTile(rows=rows, num_warps=num_warps, ahead=min(ahead, -(-shape[1] // (4 * BLOCK_K))))
+        steps = -(-shape[1] // (4 * BLOCK_K))
+        for rows, num_warps, ahead, cap in (
+            (8, 4, 3, 64),
+            (8, 4, 4, None),
+            (8, 4, 4, 64),
+            (8, 4, 6, 80),
+            (8, 4, 8, 96),
+            (8, 8, 8, None),
+            (16, 8, 4, None),
+            (16, 8, 5, None),
+            (16, 4, 4, None),
+        ):
+            yield LanesTile(rows=rows, num_warps=num_warps, ahead=min(ahead, steps), max_registers=cap)
 
 
 def hopper_candidates(max_tokens: int) -> Iterator[HopperTile]:

@@ -22,19 +22,13 @@ __all__ = ["MAX_TOKENS", "Lanes", "choose_lanes_tile"]
 
 #: Beyond, tensor cores add products of more tokens in the same time.
 MAX_TOKENS = 1
-#: Larger layers, unless they were measured, keep the memory busy without so many loads in flight.
-MAX_WEIGHTS = 160_000_000
+#: Outputs from which programs of 16 rows are more than two for each multiprocessor of an H200.
+MANY_OUTPUTS = 4224
 
 
-def choose_lanes_tile(num_blocks: int, overlaps: bool) -> LanesTile:
-    """Return the tile of a layer that was not measured.
-
-    Args:
-        num_blocks: Blocks of K.
-        overlaps: Whether a kernel of the device may start while the one before it drains: compute capability 9.0.
-    """
-    steps = -(-num_blocks // 4)
-    return LanesTile(rows=8, num_warps=4, ahead=min(steps, 6), overlap="early" if overlaps else "none")
+def choose_lanes_tile(out_features: int, num_blocks: int) -> LanesTile:
+    """Return the tile of a layer that was not measured, by its outputs and the blocks of its K."""
+    return LanesTile(rows=16 if out_features > MANY_OUTPUTS else 8, num_warps=4, ahead=min(4, -(-num_blocks // 4)))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -45,8 +39,7 @@ def tile_for(problem: LinearProblem, is_gated: bool = False) -> LanesTile:
         own_rows = choice.tile.rows // choice.tile.num_warps
         if not is_gated or own_rows % 2 == 0:
             return choice.tile
-    assert problem.compute_capability is not None, "runs on CUDA devices"
-    return choose_lanes_tile(problem.in_features // BLOCK_K, problem.compute_capability >= (9, 0))
+    return choose_lanes_tile(problem.out_features, problem.in_features // BLOCK_K)
 
 
 class Lanes(Implementation):
@@ -77,8 +70,6 @@ class Lanes(Implementation):
         if tokens.last is None or tokens.last > MAX_TOKENS:
             return "adds up token by token, where tensor cores take several at once"
         choice = measured.find(problem, tokens.last)
-        if choice is None and problem.out_features * problem.in_features > MAX_WEIGHTS:
-            return "streaming a large weight is the limit, and the copies of triton keep more of it in flight"
         if choice is not None and choice.implementation != self.name:
             return f"{choice.implementation} was measured to be faster on this layer"
         return None

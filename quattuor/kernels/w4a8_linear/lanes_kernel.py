@@ -12,10 +12,8 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quattuor.kernels.launch import launcher
-from quattuor.kernels.token_quantize.triton_kernel import gated
+from quattuor.kernels.token_quantize.triton_kernel import gated, overlaps
 from quattuor.kernels.w4a8_linear.planes import LanesTile
-from quattuor.kernels.w4a8_linear.triton_kernel import EARLY, LATE, NONE, OVERLAPS
-from quattuor.kernels.w4a8_linear.unpacking import own_prefetch_assembly
 
 __all__ = ["launch_lanes", "w4a8_lanes_kernel"]
 
@@ -31,12 +29,6 @@ def add_bytes(sums, a, b, ASM: tl.constexpr):
         for byte in tl.static_range(4):
             sums += ((a << (24 - 8 * byte)) >> 24) * ((b << (24 - 8 * byte)) >> 24)
     return sums
-
-
-@triton.jit
-def start_of(packed, row, NUM_BLOCKS: tl.constexpr):
-    """Address of a row in block 0."""
-    return packed + (row // 128).to(tl.int64) * (NUM_BLOCKS * 16384) + row % 128 * 128
 
 
 @triton.jit
@@ -59,43 +51,6 @@ def load_plane(x_words, offset, block, step: tl.constexpr, NUM_BLOCKS: tl.conste
         is_inside = tl.broadcast_to(block < NUM_BLOCKS - 4 * step, offset.shape)
         words = tl.load(x_words + step * 256 + offset, mask=is_inside, other=0)
     return words
-
-
-@triton.jit
-def touch_lines(x, N, lane, NUM_BLOCKS: tl.constexpr, WARPS: tl.constexpr):
-    """Zeros, once each thread has loaded a line of the token: all at once, instead of a wait in every step.
-
-    The compiler cannot know that N has no bit that the shift leaves.
-    """
-    line = tl.arange(0, WARPS)[:, None, None] * 32 + lane // 4
-    address = (x + tl.minimum(line, 2 * NUM_BLOCKS - 1) * 128).to(tl.int64)
-    loaded = tl.inline_asm_elementwise(
-        "{ ld.global.b32 $0, [$4]; mov.b32 $1, $0; mov.b32 $2, $0; mov.b32 $3, $0; }",
-        "=&r,=&r,=&r,=&r,l,l,l,l",
-        [address],
-        dtype=tl.int32,
-        is_pure=False,
-        pack=4,
-    )
-    return loaded & (N >> 30)
-
-
-@triton.jit
-def prefetch_blocks(rows_start, first: tl.constexpr, last: tl.constexpr, ROWS: tl.constexpr, WARPS: tl.constexpr):
-    """Bring the rows of a program to L2, from block `first` to before `last`; each thread asks for a block."""
-    for some in tl.static_range(first, last, 32 * WARPS):
-        # neighbours in a warp take turns, so that the warps share the blocks
-        thread = tl.arange(0, 32 * WARPS)
-        block = some + thread % 32 * WARPS + thread // 32
-        address = (rows_start + block.to(tl.int64) * 16384).to(tl.int64)
-        tl.inline_asm_elementwise(
-            own_prefetch_assembly(ROWS * 128),
-            "=r,l,r",
-            [address, (block < last).to(tl.int32)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
 
 
 @triton.jit
@@ -142,8 +97,6 @@ def w4a8_lanes_kernel(
     ROWS: tl.constexpr,
     WARPS: tl.constexpr,
     AHEAD: tl.constexpr,
-    PREFETCHED: tl.constexpr,
-    WARM: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     IS_GATED: tl.constexpr,
     ASM: tl.constexpr,
@@ -151,10 +104,10 @@ def w4a8_lanes_kernel(
 ):
     """ROWS rows of the weight by one token, over the whole of K, four blocks of it in a step.
 
-    AHEAD steps are loaded before they are needed, the first ones before the kernel waits for the one before it,
-    and PREFETCHED blocks are fetched to L2 then. With IS_GATED half of the rows are gates, and N counts outputs.
+    AHEAD steps are loaded before they are needed, the first ones before the kernel waits for the one before it.
+    With IS_GATED half of the rows are gates, and N counts outputs.
     """
-    if OVERLAP == EARLY:
+    if OVERLAP:
         gdc_launch_dependents()
     OUTPUTS: tl.constexpr = ROWS // 2 if IS_GATED else ROWS
     first = tl.program_id(0) * OUTPUTS
@@ -162,7 +115,6 @@ def w4a8_lanes_kernel(
     lane = tl.arange(0, 128)[None, None, :]
     block = lane // 32
     own = tl.arange(0, ROWS // WARPS)
-    rows_start = start_of(packed, first, NUM_BLOCKS)
     if IS_GATED:
         # a gate and what it multiplies follow each other
         row = first + tl.arange(0, WARPS)[:, None] + (own // 2 * WARPS + own % 2 * N)[None, :]
@@ -170,6 +122,7 @@ def w4a8_lanes_kernel(
         of_row = row // 128 * (NUM_BLOCKS * 4096) + row % 128 * 32
     else:
         row = first + tl.arange(0, WARPS)[:, None] + (own * WARPS)[None, :]
+        rows_start = packed + (first // 128).to(tl.int64) * (NUM_BLOCKS * 16384) + first % 128 * 128
         start = rows_start.to(tl.pointer_type(tl.int32), bitcast=True)
         of_row = (row - first) * 32
     offset = of_row[:, :, None] + (block * 4096 + lane % 32)
@@ -179,18 +132,12 @@ def w4a8_lanes_kernel(
     for step in tl.static_range(AHEAD):
         words += (load_rows(start, offset, block, step, NUM_BLOCKS),)
     row_scale = tl.load(scale + row)
-    if OVERLAP != NONE:
-        if PREFETCHED > 4 * AHEAD:
-            prefetch_blocks(rows_start, 4 * AHEAD, PREFETCHED, OUTPUTS, WARPS)
-            if IS_GATED:
-                prefetch_blocks(start_of(packed, first + N, NUM_BLOCKS), 4 * AHEAD, PREFETCHED, OUTPUTS, WARPS)
+    if OVERLAP:
         gdc_wait()
     x += token.to(tl.int64) * stride_xm
     x_words = x.to(tl.pointer_type(tl.int32), bitcast=True)
     of_x = tl.broadcast_to(block * 64 + lane % 32, (WARPS, 1, 128))
     sums = tl.zeros((WARPS, ROWS // WARPS, 128), dtype=tl.int32)
-    if ASM and WARM:
-        sums += touch_lines(x, N, lane, NUM_BLOCKS, WARPS)
     token_scale = tl.load(x_scale + token)
     STEPS: tl.constexpr = (NUM_BLOCKS + 3) // 4
     for step in tl.static_range(STEPS):
@@ -201,8 +148,6 @@ def w4a8_lanes_kernel(
         # 16 * code of both planes; the stored scale is a sixteenth
         sums = add_bytes(sums, (words[step] << 4) & -0x0F0F0F10, x_low, ASM)
         sums = add_bytes(sums, words[step] & -0x0F0F0F10, x_high, ASM)
-    if OVERLAP == LATE:
-        gdc_launch_dependents()
     out += token.to(tl.int64) * N
     store_row(out, bias, sums, row_scale, token_scale, first, row, N, HAS_BIAS, IS_GATED, ASM)
 
@@ -234,6 +179,7 @@ def launch_lanes(
     """
     num_tokens, out_features = out.shape
     num_blocks = packed.shape[1]
+    overlap = overlaps(x_codes.device)
     grid = (triton.cdiv(out_features * (1 + is_gated), tile.rows), num_tokens)
     launcher(w4a8_lanes_kernel, grid)(
         x_codes,
@@ -248,15 +194,13 @@ def launch_lanes(
         ROWS=tile.rows,
         WARPS=tile.num_warps,
         AHEAD=min(tile.ahead, triton.cdiv(num_blocks, 4)),
-        PREFETCHED=min(tile.prefetched, num_blocks),
-        WARM=tile.is_warm,
         HAS_BIAS=bias is not None,
         IS_GATED=is_gated,
         ASM=not interpret,
-        OVERLAP=OVERLAPS[tile.overlap],
+        OVERLAP=overlap,
         num_warps=tile.num_warps,
         maxnreg=tile.max_registers,
-        launch_pdl=tile.overlap != "none",
+        launch_pdl=overlap,
         # the float32 steps of the epilogue must round one by one, as in the reference
         enable_fp_fusion=False,
     )

@@ -67,17 +67,13 @@ class Tile:
 class LanesTile:
     """The work of one program for one token: `rows` of the weight over the whole of K, four blocks in a step.
 
-    Each warp takes every `num_warps`-th row, and loads `ahead` steps before it needs them. The first `prefetched`
-    blocks are fetched to L2 at once, the token to the multiprocessor if `is_warm`. `overlap` is as in `Tile`,
-    `max_registers` a cap for each thread, None for what the compiler takes.
+    Each warp takes every `num_warps`-th row, and loads `ahead` steps before it needs them. `max_registers` is the
+    cap for a thread, None for what the compiler takes.
     """
 
     rows: int
     num_warps: int
     ahead: int
-    prefetched: int = 0
-    is_warm: bool = False
-    overlap: str = "early"
     max_registers: int | None = None
 
 

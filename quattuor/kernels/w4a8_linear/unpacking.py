@@ -20,7 +20,6 @@ __all__ = [
     "PREFETCH_LINE",
     "bulk_prefetch_assembly",
     "joined_assembly",
-    "own_prefetch_assembly",
     "plane_assembly",
 ]
 
@@ -152,19 +151,6 @@ def bulk_prefetch_assembly(num_bytes):
     .reg .b64 a;
     mov.u32 t, %tid.x;
     setp.eq.u32 p, t, 0;
-    cvta.to.global.u64 a, $1;
-    @p cp.async.bulk.prefetch.L2.global [a], {num_bytes};
-    mov.b32 $0, 0;
-}}"""
-
-
-@triton.constexpr_function
-def own_prefetch_assembly(num_bytes):
-    """Return the assembly by which each thread whose $2 is not zero brings the bytes at $1 to L2."""
-    return f"""{{
-    .reg .pred p;
-    .reg .b64 a;
-    setp.ne.u32 p, $2, 0;
     cvta.to.global.u64 a, $1;
     @p cp.async.bulk.prefetch.L2.global [a], {num_bytes};
     mov.b32 $0, 0;

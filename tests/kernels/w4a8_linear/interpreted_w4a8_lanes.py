@@ -28,7 +28,7 @@ def main() -> None:
         expected = plan.linear(x_codes, x_scale, plan.prepare(made.codes, made.scale), bias, torch.float32)
         tensors = prepare_planes(made.problem, made.codes, made.scale, None)
         out = torch.full((num_tokens, out_features), torch.nan)
-        tile = LanesTile(rows=rows, num_warps=num_warps, ahead=ahead, overlap="none")
+        tile = LanesTile(rows=rows, num_warps=num_warps, ahead=ahead)
         launch_lanes(x_codes, x_scale, tensors["packed"], tensors["scale"], bias, out, tile=tile, interpret=True)
         assert torch.equal(out, expected), f"{tile}: outputs differ from the reference"
         print("equal", tile)
