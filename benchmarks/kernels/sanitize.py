@@ -42,19 +42,21 @@ Layout = tuple[int, int | None, bool]
 Row = dict[str, str | int | float | bool | None]
 
 
-def integer_products(implementation: str, layouts: tuple[Layout, ...], zero_point: bool = False) -> None:
+def integer_products(
+    implementation: str, layouts: tuple[Layout, ...], zero_point: bool = False, in_features: int = IN_FEATURES
+) -> None:
     """Compare W4A8 and W8A8 layers with the reference, with odd numbers of tokens and a bias."""
     for bits, group_size, is_integer in layouts:
         problem = LinearProblem(
             out_features=OUT_FEATURES,
-            in_features=IN_FEATURES,
+            in_features=in_features,
             weight_bits=bits,
             group_size=group_size,
             integer_group_scale=is_integer,
             activation_zero_point=zero_point,
         )
         half = 2 ** (bits - 1)
-        codes = torch.randint(-half, half, (OUT_FEATURES, IN_FEATURES), dtype=torch.int8)
+        codes = torch.randint(-half, half, (OUT_FEATURES, in_features), dtype=torch.int8)
         scale, group_scale = torch.randn(OUT_FEATURES) * 0.01, None
         if group_size is not None:
             largest = 127 // half
@@ -66,7 +68,7 @@ def integer_products(implementation: str, layouts: tuple[Layout, ...], zero_poin
         operand = plan.prepare(*(None if t is None else t.cuda() for t in (codes, scale, group_scale)))
         for num_tokens in (3, 40, 130):
             inputs = [
-                torch.randint(-127, 128, (num_tokens, IN_FEATURES), dtype=torch.int8),
+                torch.randint(-127, 128, (num_tokens, in_features), dtype=torch.int8),
                 torch.rand(num_tokens),
             ]
             zeros = torch.randint(-128, 128, (num_tokens,), dtype=torch.int8) if zero_point else None
@@ -183,6 +185,7 @@ FOUR_BITS = ((4, None, False), (4, 128, True), (4, 128, False))
 OTHER_BITS = ((2, None, False), (3, None, False), (2, 128, True), (3, 64, False), (6, None, False))
 CASES: dict[str, Callable[[], None]] = {
     "w4a8_gluon": partial(integer_products, "gluon", FOUR_BITS),
+    "w4a8_lanes": partial(integer_products, "lanes", FOUR_BITS[:1], in_features=768),
     "w4a8_triton": partial(integer_products, "triton", FOUR_BITS),
     "w4a8_triton_other_bits": partial(integer_products, "triton", OTHER_BITS),
     "w8a8_triton": partial(integer_products, "triton", ((8, None, False),)),
