@@ -24,10 +24,12 @@ from quattuor.kernels.w4a16_linear.planes import (
     prepare_tensors,
 )
 
-__all__ = ["DECODED_FROM", "Triton", "choose_lane_tile", "choose_tile", "takes_bytes"]
+__all__ = ["DECODED_FROM", "Triton", "choose_bytes_tile", "choose_lane_tile", "choose_tile", "takes_bytes"]
 
-#: Without a measured tile, up to this many tokens of a layer of so many codes are multiplied as bytes.
+#: Without a measured tile, up to this many tokens are multiplied as bytes: of a layer of so many codes.
 FEW, LARGE = 2, 2**27
+#: The same for one token.
+MEDIUM = 2**24
 
 #: From this many tokens on, the weight is written out once per call and multiplied by the library.
 DECODED_FROM = 512
@@ -69,12 +71,33 @@ def choose_tile(
 
 
 def choose_lane_tile(out_features: int, num_blocks: int, num_processors: int) -> LaneTile:
-    """Return the tile of `lanes`, for compute capability 9.0; what most measured layers chose."""
+    """Return the tile of `lanes`: as few warps for 16 rows as give every multiprocessor seven.
+
+    The next kernel may start as programs end, but where one round of programs of a single warp is the whole kernel:
+    those must be spread evenly.
+    """
     tiles = -(-out_features // 16)
-    num_warps = 2
-    while num_warps < 8 and tiles * num_warps < 16 * num_processors and 2 * num_warps <= num_blocks:
+    num_warps = 1
+    while num_warps < 8 and tiles * num_warps < 7 * num_processors and 2 * num_warps <= num_blocks:
         num_warps *= 2
-    return LaneTile(num_warps=num_warps, depth=1, holds=True, before=0, overlap="own")
+    return LaneTile(
+        num_warps=num_warps, depth=1, holds=True, before=0, overlap="own" if num_warps == 1 else "late"
+    )
+
+
+def choose_bytes_tile(
+    problem: LinearProblem, layout: Layout, num_blocks: int, num_processors: int
+) -> DigitTile | LaneTile:
+    """Return the tile of one or two tokens, for compute capability 9.0; what most measured layers chose.
+
+    On large layers `digits` is ahead but for 3 bits, whose planes of 32 elements are short for its copies.
+    """
+    out_features = problem.out_features
+    if layout.bits == 3 or out_features * problem.in_features < LARGE:
+        return choose_lane_tile(out_features, num_blocks, num_processors)
+    split = max(1, min(num_processors * 4 // -(-out_features // 64), num_blocks // 2))
+    sizes = {"rows": 64, "tokens": FEW, "split": split, "num_warps": 2, "num_stages": 4}
+    return DigitTile(**sizes, overlap="own", before=0, is_direct=False)
 
 
 def takes_bytes(problem: LinearProblem, num_tokens: int, element_size: int, has_warpgroups: bool) -> bool:
@@ -84,13 +107,13 @@ def takes_bytes(problem: LinearProblem, num_tokens: int, element_size: int, has_
     would take no tensor cores.
     """
     layout = layout_of(problem)
-    is_large = layout.bits < 8 and problem.out_features * problem.in_features >= LARGE
+    size = problem.out_features * problem.in_features
     return (
         has_warpgroups
         and num_tokens <= FEW
         and layout.plane_k >= MIN_BYTES_PLANE
         and problem.in_features <= MAX_BYTES_FEATURES
-        and (is_large or element_size == 4)
+        and (element_size == 4 or (layout.bits < 8 and size >= (MEDIUM if num_tokens == 1 else LARGE)))
     )
 
 
@@ -106,7 +129,7 @@ def tile_for(
     num_blocks = -(-problem.in_features // layout.block_k)
     num_processors, has_warpgroups = processors(device)
     if takes_bytes(problem, num_tokens, element_size, has_warpgroups):
-        return choose_lane_tile(problem.out_features, num_blocks, num_processors)
+        return choose_bytes_tile(problem, layout, num_blocks, num_processors)
     return choose_tile(
         num_tokens, problem.out_features, layout, num_blocks, num_processors, has_warpgroups, element_size
     )

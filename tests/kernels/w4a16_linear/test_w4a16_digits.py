@@ -20,7 +20,7 @@ from quattuor.kernels.dispatch import LinearProblem, describe_device
 from quattuor.kernels.w4a16_linear import measured
 from quattuor.kernels.w4a16_linear.digits import launch_digits
 from quattuor.kernels.w4a16_linear.digits.product_kernel import product_kernel
-from quattuor.kernels.w4a16_linear.planes import DigitTile, Tile, layout_of
+from quattuor.kernels.w4a16_linear.planes import DigitTile, LaneTile, Tile, layout_of
 
 
 def test_interpreted_kernels_are_close_to_float64():
@@ -99,12 +99,13 @@ def compile_product(tile, layout, group_size, zero):
 
 
 def test_measured_layers_take_the_tile_that_was_faster():
-    layer = replace(problem(2, 128), out_features=28672, device_type="cuda", compute_capability=(9, 0))
-    assert isinstance(measured.find(layer, 1), DigitTile)
+    layer = replace(problem(3, 128), out_features=28672, device_type="cuda", compute_capability=(9, 0))
+    assert isinstance(measured.find(layer, 1), LaneTile)
     assert isinstance(measured.find(layer, 3), Tile)
     # with zero points, that of the layer without where it was not measured
-    assert measured.find(replace(layer, zero_point=True), 1) == measured.find(layer, 1)
+    assert measured.find(replace(layer, zero_point=True), 2) == measured.find(layer, 2)
     layer = replace(layer, weight_bits=4)
+    assert isinstance(measured.find(layer, 1), DigitTile)
     assert measured.find(replace(layer, zero_point=True), 1) != measured.find(layer, 1)
 
 

@@ -20,8 +20,8 @@ from quattuor.kernels.w4a16_linear.lanes import launch_lanes
 from quattuor.kernels.w4a16_linear.lanes.fields import FACTOR_BITS, INTEGER_BITS, num_terms
 from quattuor.kernels.w4a16_linear.lanes.integers_kernel import MAX_SEARCH, integers_kernel, num_pairs
 from quattuor.kernels.w4a16_linear.lanes.product_kernel import product_kernel
-from quattuor.kernels.w4a16_linear.planes import LaneTile, Layout, layout_of
-from quattuor.kernels.w4a16_linear.triton import choose_lane_tile, takes_bytes
+from quattuor.kernels.w4a16_linear.planes import DigitTile, LaneTile, Layout, layout_of
+from quattuor.kernels.w4a16_linear.triton import choose_bytes_tile, choose_lane_tile, takes_bytes
 
 
 def test_interpreted_kernels_are_close_to_float64():
@@ -152,10 +152,14 @@ def test_bytes_are_taken_for_few_tokens_of_large_layers_with_long_planes():
     assert takes_bytes(large, 2, 2, True)
     assert not takes_bytes(large, 3, 2, True)
     assert not takes_bytes(large, 1, 2, False)
-    assert not takes_bytes(layer, 1, 2, True)
     assert not takes_bytes(replace(large, weight_bits=8), 1, 2, True)
+    # one token of smaller layers, two tokens only where the kernel before the product does not show
+    assert takes_bytes(layer, 1, 2, True)
+    assert not takes_bytes(layer, 2, 2, True)
+    small = replace(layer, out_features=1024, in_features=4096)
+    assert not takes_bytes(small, 1, 2, True)
     # float32 has no other products on tensor cores
-    assert takes_bytes(layer, 1, 4, True)
+    assert takes_bytes(small, 2, 4, True)
     assert not takes_bytes(problem(4, 16), 1, 4, True)
     # the sum of a whole row must fit 32 bits: 2^17 products of -128 and -128 do not
     assert takes_bytes(replace(large, in_features=2**17 - 1), 1, 2, True)
@@ -163,8 +167,22 @@ def test_bytes_are_taken_for_few_tokens_of_large_layers_with_long_planes():
 
 
 def test_small_layers_share_blocks_between_more_warps():
-    warps = [choose_lane_tile(n, k // 256, 132).num_warps for n, k in ((28672, 8192), (4096, 4096), (64, 512))]
-    assert warps == [2, 8, 2]
+    warps = [choose_lane_tile(n, k // 256, 132).num_warps for n, k in ((28672, 8192), (11008, 4096), (4096, 4096))]
+    assert warps == [1, 2, 4]
+    assert choose_lane_tile(64, 2, 132).num_warps == 2
+
+
+@pytest.mark.parametrize(
+    ("bits", "size", "kind"), [(4, 28672, DigitTile), (3, 28672, LaneTile), (4, 4096, LaneTile)]
+)
+def test_the_kernel_of_a_layer_that_was_not_measured(bits, size, kind):
+    layer = replace(problem(bits, 128), out_features=size)
+    layout = layout_of(layer)
+    tile = choose_bytes_tile(layer, layout, 8192 // layout.block_k, 132)
+    assert isinstance(tile, kind)
+    assert kind is LaneTile or tile.split == 1
+    # only programs in many rounds let the next kernel start early
+    assert tile.overlap == ("late" if size == 4096 else "own")
 
 
 @pytest.mark.gpu
