@@ -18,16 +18,16 @@ from quattuor.kernels.lut_linear.lanes.decode_kernel import decode_rows
 from quattuor.kernels.lut_linear.lanes.layout import LARGEST_ENTRY, prepare_lanes
 from quattuor.kernels.lut_linear.lanes.token_kernel import Ahead
 
-#: Layer, shape, warps and blocks loaded ahead.
+#: Layer, shape, warps and what is loaded ahead.
 TOKEN = [
     ({"kind": "codebook", "bits": 4, "sparse": True}, (9, 200), 1, Ahead()),
     ({"kind": "codebook", "bits": 3, "group_size": 96}, (9, 200), 1, Ahead()),
-    ({"kind": "planes", "bits": 2, "group_size": 128, "offset": True}, (9, 900), 2, Ahead(depth=2)),
+    ({"kind": "planes", "bits": 2, "group_size": 128, "offset": True}, (9, 900), 2, Ahead(holds=True)),
     (
         {"kind": "planes", "bits": 1, "offset": True, "sparse": True, "table_dtype": torch.float32},
         (20, 264),
         1,
-        Ahead(2, True),
+        Ahead(early=True, holds=True),
     ),
 ]
 #: Layer, shape, tokens and their dtype, warps for rows and for blocks.

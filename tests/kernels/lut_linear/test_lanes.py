@@ -21,7 +21,7 @@ from quattuor.kernels.dispatch import describe_device
 from quattuor.kernels.lut_linear import LutProblem
 from quattuor.kernels.lut_linear.lanes.batch_kernel import batch_kernel
 from quattuor.kernels.lut_linear.lanes.halves_kernel import halves_kernel
-from quattuor.kernels.lut_linear.lanes.implementation import choose_batch_warps, choose_warps
+from quattuor.kernels.lut_linear.lanes.implementation import choose_batch_warps, choose_warps, fewest_warps
 from quattuor.kernels.lut_linear.lanes.layout import LARGEST_ENTRY, ONE_GROUP, carry, limb_tables, pack_codes
 from quattuor.kernels.lut_linear.lanes.limbs_kernel import limbs_kernel
 from quattuor.kernels.lut_linear.lanes.token_kernel import ahead_of, token_kernel
@@ -119,6 +119,21 @@ def test_warps_fill_the_device_and_have_blocks():
         assert choose_batch_warps(problem, 64, 132) == ((4, 2) if expected == 2 else (2, 4))
 
 
+@pytest.mark.parametrize(
+    ("kind", "bits", "group_size", "fewest"),
+    [
+        ("codebook", 4, None, 2),
+        ("codebook", 3, None, 4),
+        ("planes", 2, None, 4),
+        ("planes", 3, None, 2),
+        ("planes", 2, 128, 2),
+    ],
+)
+def test_formats_share_blocks_of_large_layers_between_few_warps(kind, bits, group_size, fewest):
+    fields = {"out_features": 16, "in_features": 256, "kind": kind, "weight_bits": bits}
+    assert fewest_warps(LutProblem(**fields, group_size=group_size)) == fewest
+
+
 def compiled(kernel, kind, capability, constants, num_warps):
     """Compile a kernel with pointers of the types that the layer of a kind has."""
     pointers = {"x": "fp16", "words": "i32", "unit": "fp32", "sums": "fp32", "packed": "i32", "limb_scale": "fp32"}
@@ -162,8 +177,7 @@ def loop_length(binary, opcode):
 def test_machine_code_for_one_token(capability, kind, bits, unit, most):
     is_planes = kind == "planes"
     ahead = ahead_of(make_layer(16, 256, kind=kind, bits=bits, group_size=unit or None).problem)
-    constants = {"DEPTH": ahead.depth, "EARLY": ahead.early, "BITS": bits}
-    constants |= {"HOLDS": ahead.holds, "ENTRIES_LAST": ahead.entries_last, "CHUNK": ahead.chunk}
+    constants = {"EARLY": ahead.early, "HOLDS": ahead.holds, "BITS": bits}
     constants |= {"WARPS": 4, "PLANES": is_planes, "UNIT": unit, "GROUP_SIZE": unit or ONE_GROUP}
     constants |= {"HAS_OFFSET": is_planes, "HAS_SPARSE": not is_planes, "HAS_BIAS": True}
     constants |= {"WAITS": capability == 90, "ASM": True}

@@ -19,7 +19,7 @@ from quattuor.kernels.lut_linear.lanes.layout import (
 from quattuor.kernels.lut_linear.problem import PACKED_BITS, LutProblem
 from quattuor.kernels.w4a8_linear.triton import processors
 
-__all__ = ["Lanes", "choose_batch_warps", "choose_warps"]
+__all__ = ["Lanes", "choose_batch_warps", "choose_warps", "fewest_warps"]
 
 #: Warps that keep a multiprocessor busy; most of a program that share the blocks of K.
 WARPS_OF_PROCESSOR, MAX_WARPS = 16, 8
@@ -38,6 +38,13 @@ def choose_warps(problem: LutProblem, num_processors: int, fewest: int) -> int:
         num_warps *= 2
         is_idle = row_tiles * num_warps < WARPS_OF_PROCESSOR * num_processors
     return num_warps
+
+
+def fewest_warps(problem: LutProblem) -> int:
+    """Return how many warps share the blocks of 16 rows of a large layer, for one token; what was fastest."""
+    if problem.kind == "codebook":
+        return 2 if problem.weight_bits == MAX_LOOK_UP_BITS else 4
+    return 2 if problem.group_size or problem.weight_bits == 3 else 4
 
 
 def choose_batch_warps(problem: LutProblem, num_tokens: int, num_processors: int) -> tuple[int, int]:
@@ -100,8 +107,7 @@ class Lanes(Implementation):
             if x.dtype == torch.float32 or len(x) > MAX_BATCH:
                 linear_rows(problem, x, operand, bias, out, decode=decode_rows)
             elif len(x) == 1 and takes_bytes(problem):
-                fewest = 4 if problem.kind == "planes" else 2
-                num_warps = choose_warps(problem, processors(x.device)[0], fewest)
+                num_warps = choose_warps(problem, processors(x.device)[0], fewest_warps(problem))
                 token_kernel.launch(problem, x, operand, bias, out, num_warps=num_warps)
             else:
                 row_warps, k_warps = choose_batch_warps(problem, len(x), processors(x.device)[0])

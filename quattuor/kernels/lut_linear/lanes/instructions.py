@@ -20,7 +20,6 @@ __all__ = [
     "multiply",
     "multiply_pairs",
     "permute",
-    "prefetch",
     "selectors",
     "shift_right",
 ]
@@ -39,20 +38,6 @@ def hold(ASM: tl.constexpr):
     if ASM:
         tl.inline_asm_elementwise(
             "mov.u32 $0, 0; bar.warp.sync 0xffffffff;", "=r", [], dtype=tl.int32, is_pure=False, pack=1
-        )
-
-
-@triton.jit
-def prefetch(pointer, ASM: tl.constexpr):
-    """Bring the cache lines of addresses to L2."""
-    if ASM:
-        tl.inline_asm_elementwise(
-            "mov.u32 $0, 0; prefetch.global.L2 [$1];",
-            "=r,l",
-            [pointer.to(tl.int64)],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
         )
 
 

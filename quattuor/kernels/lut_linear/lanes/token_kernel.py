@@ -14,7 +14,7 @@ from torch import Tensor
 from triton.language.extra.cuda import gdc_wait
 
 from quattuor.kernels.launch import launcher
-from quattuor.kernels.lut_linear.lanes.instructions import hold, prefetch
+from quattuor.kernels.lut_linear.lanes.instructions import hold
 from quattuor.kernels.lut_linear.lanes.layout import BLOCK_K, ONE_GROUP, TILE_ROWS, unit_of
 from quattuor.kernels.lut_linear.lanes.limbs_kernel import limbs_of
 from quattuor.kernels.lut_linear.lanes.scales import MAGIC_BITS, add_scaled, less_constants, load_scales
@@ -32,9 +32,11 @@ __all__ = ["Ahead", "ahead_of", "launch", "token_kernel"]
 
 
 @triton.jit
-def single_entries(x, start, stop, columns, values, CHUNK: tl.constexpr):
-    """The single entries of each row, from `start` to `stop`, times the token."""
-    total = tl.zeros(start.shape, dtype=tl.float32)
+def single_entries(x, row_offsets, columns, values, row, CHUNK: tl.constexpr):
+    """The single entries of each row times the token."""
+    start = tl.load(row_offsets + row)
+    stop = tl.load(row_offsets + row + 1)
+    total = tl.zeros(row.shape, dtype=tl.float32)
     for first in range(0, tl.max(stop - start, axis=0), CHUNK):
         place = start[:, None] + (tl.arange(0, CHUNK) + first)[None, :]
         mask = place < stop[:, None]
@@ -76,11 +78,8 @@ def token_kernel(
     NUM_GROUPS,
     ROUNDS,
     WARPS: tl.constexpr,
-    DEPTH: tl.constexpr,
     EARLY: tl.constexpr,
     HOLDS: tl.constexpr,
-    ENTRIES_LAST: tl.constexpr,
-    CHUNK: tl.constexpr,
     BITS: tl.constexpr,
     PLANES: tl.constexpr,
     UNIT: tl.constexpr,
@@ -93,8 +92,9 @@ def token_kernel(
 ):
     """Sixteen rows times one token; UNIT is the run of K that shares a table, 0 for whole rows.
 
-    Sums are exact integers over a unit, or over what a warp has of a row, and float32 beyond. DEPTH blocks of the
-    weight are loaded ahead; EARLY also loads the token's bytes of the next block.
+    Sums are exact integers over a unit, or over what a warp has of a row, and float32 beyond. With HOLDS the next
+    block of the weight is loaded before this one is multiplied, and not after; EARLY also loads the token's bytes of
+    the next block.
     """
     lanes = tl.arange(0, WARPS * 32)
     warp = lanes // 32
@@ -106,10 +106,7 @@ def token_kernel(
     COUNT: tl.constexpr = BITS if PLANES else 2
     SCALES: tl.constexpr = BITS if PLANES else 1
     FACTOR: tl.constexpr = 1.0 / 64 if PLANES else 1.0
-    ahead = ()
-    for turn in tl.static_range(DEPTH):
-        start = weight + tl.minimum(turn * WARPS + warp, NUM_BLOCKS - 1) * (BITS * 128)
-        ahead += (load_block(start, BITS, ASM, HOLDS),)
+    following = load_block(weight + tl.minimum(warp, NUM_BLOCKS - 1) * (BITS * 128), BITS, ASM, HOLDS)
     every = rows * 16 + tl.arange(0, 16)
     constant = tl.zeros((16,), dtype=tl.float32)
     scales = ()
@@ -127,13 +124,7 @@ def token_kernel(
     if HAS_BIAS:
         last += tl.load(bias + every, mask=every < N, other=0.0).to(tl.float32)
     if HAS_SPARSE:
-        first_entry = tl.load(row_offsets + every)
-        last_entry = tl.load(row_offsets + every + 1)
-        if ENTRIES_LAST:
-            prefetch(columns + first_entry, ASM)
-            prefetch(values + first_entry, ASM)
-        else:
-            last += single_entries(x, first_entry, last_entry, columns, values, CHUNK)
+        last += single_entries(x, row_offsets, columns, values, every, 32)
     if WAITS:
         gdc_wait()
 
@@ -143,12 +134,9 @@ def token_kernel(
     totals = start_sums(tl.zeros(lanes.shape, dtype=tl.float32), 1)[0]
     for turn in range(ROUNDS):
         block = turn * WARPS + warp
-        here = ahead[0]
-        following = ()
-        for index in tl.static_range(1, DEPTH):
-            following += (ahead[index],)
-        start = weight + tl.minimum(block + DEPTH * WARPS, NUM_BLOCKS - 1) * (BITS * 128)
-        ahead = following + (load_block(start, BITS, ASM, HOLDS),)  # noqa: RUF005 (Triton knows no unpacking)
+        here = following
+        start = weight + tl.minimum(block + WARPS, NUM_BLOCKS - 1) * (BITS * 128)
+        following = load_block(start, BITS, ASM, HOLDS)
         if EARLY:
             bytes_of = next_bytes
             next_bytes = load_token(token + tl.minimum(block + WARPS, ROUNDS * WARPS - 1) * 256, ASM)
@@ -176,8 +164,6 @@ def token_kernel(
                     totals = less_constants(totals, own, offset, group, row, total, N_PADDED, COUNT, HAS_OFFSET)
     if UNIT == 0:
         totals = add_scaled(totals, integers, scales, COUNT, PLANES, False)
-    if HAS_SPARSE and ENTRIES_LAST:
-        last += single_entries(x, first_entry, last_entry, columns, values, CHUNK)
 
     y = of_rows(totals, lane, WARPS) * (tl.load(unit) * FACTOR) + last
     if PLANES and UNIT == 0:
@@ -189,18 +175,15 @@ def token_kernel(
 class Ahead:
     """What a warp loads before it is needed: see `token_kernel`."""
 
-    depth: int = 1
     early: bool = False
     holds: bool = False
-    entries_last: bool = False
-    chunk: int = 32
 
 
 def ahead_of(problem: LutProblem) -> Ahead:
-    """Return what to load ahead: as much as tables and scales of groups leave registers for."""
-    if problem.kind == "codebook" or problem.group_size is not None:
+    """Return what to load ahead: as much as tables and scales leave registers for."""
+    if problem.kind == "codebook":
         return Ahead()
-    return Ahead(depth=2, early=True)
+    return Ahead(early=problem.group_size is None and problem.weight_bits != 3, holds=True)
 
 
 def launch(
@@ -247,11 +230,8 @@ def launch(
         table.shape[1],
         rounds,
         WARPS=num_warps,
-        DEPTH=ahead.depth,
         EARLY=ahead.early,
         HOLDS=ahead.holds,
-        ENTRIES_LAST=ahead.entries_last,
-        CHUNK=ahead.chunk,
         BITS=problem.weight_bits,
         PLANES=is_planes,
         UNIT=unit,
