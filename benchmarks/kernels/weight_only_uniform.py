@@ -64,8 +64,7 @@ class Uniform:
 FORMATS = (
     *(Uniform(bits=bits, group_size=128) for bits in (4, 3, 2)),
     Uniform(bits=4, group_size=128, zero_point=True),
-    Uniform(bits=4),
-    Uniform(bits=8),
+    *(Uniform(bits=bits) for bits in (4, 3, 2, 8)),
     *(Uniform(bits=bits, group_size=64) for bits in (3, 2)),
 )
 

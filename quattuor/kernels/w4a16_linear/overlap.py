@@ -7,8 +7,7 @@ from quattuor.kernels.w4a8_linear.triton_kernel import EARLY, LATE, NONE
 
 __all__ = ["EARLY", "LATE", "NONE", "OVERLAPS", "OWN"]
 
-#: The product beside the kernel that prepares its tokens; the kernel after the product starts when it is done, so
-#: that programs are spread evenly over the device.
+#: The product beside the kernel that prepares its tokens; the kernel after the product starts when it is done.
 OWN = tl.constexpr(3)
 
 OVERLAPS = {"none": NONE, "own": OWN, "early": EARLY, "late": LATE}

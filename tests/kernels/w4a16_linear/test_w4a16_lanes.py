@@ -181,7 +181,7 @@ def test_the_kernel_of_a_layer_that_was_not_measured(bits, size, kind):
     tile = choose_bytes_tile(layer, layout, 8192 // layout.block_k, 132)
     assert isinstance(tile, kind)
     assert kind is LaneTile or tile.split == 1
-    # only programs in many rounds let the next kernel start early
+    # programs of a single warp, and those of digits, let the next kernel wait
     assert tile.overlap == ("late" if size == 4096 else "own")
 
 
