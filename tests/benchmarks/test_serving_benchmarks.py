@@ -192,11 +192,13 @@ def test_every_kernel_of_a_step_belongs_to_one_part(tmp_path: Path) -> None:
         "triton_red_fused_add_rms_norm",
         "copy",
     ]
-    place = {"shape": "llama-2-13b", "format": "quattuor_w4a8", "batch": 1}
+    place = {"shape": "llama-2-13b", "format": "quattuor_w4a8_compiler", "batch": 1}
     rows = [{**place, "kernel": name, "calls": 1.0, "time_us": 2.0} for name in names]
     parts = serve_plots.time_by_part(rows)
     assert parts == {"linears": 4.0, "attention": 2.0, "norm, gate, quantization": 2.0, "the rest": 2.0}
-    serve_plots.draw_steps(rows, tmp_path / "steps.svg")
+    serve_plots.draw_steps([*rows, {**rows[0], "format": "quattuor_w4a8"}], tmp_path / "steps.svg")
     serve_plots.draw_seconds([timed("quattuor_w4a8", 1, 0.5), timed("fp16", 1, 1.0)], tmp_path / "seconds.svg")
-    for path in (tmp_path / "steps.svg", tmp_path / "seconds.svg"):
-        assert path.read_text(encoding="utf-8").startswith("<?xml")
+    steps, seconds = ((tmp_path / f"{name}.svg").read_text(encoding="utf-8") for name in ("steps", "seconds"))
+    assert "<!-- Quattuor W4A8, fused by the compiler -->" in steps
+    assert "<!-- Quattuor W4A8 -->" not in steps
+    assert "<!-- Quattuor W4A8 -->" in seconds
