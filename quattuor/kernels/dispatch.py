@@ -222,7 +222,8 @@ class TokenRange:
         return f"{self.first}+" if self.last is None else f"{self.first}-{self.last}"
 
 
-#: One sequence, a few at once, batched decoding, where memory and tensor cores balance, prefill. Consecutive, complete from 0.
+#: One sequence, a few at once, batched decoding, where memory and tensor cores balance, prefill. Consecutive, and
+#: complete from 0.
 TOKEN_RANGES = (
     TokenRange(0, 1),
     TokenRange(2, 16),

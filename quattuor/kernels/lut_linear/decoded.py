@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The operation by decoding rows to the dtype of the tokens, on a GPU, from a byte for each code."""
 
-import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 
 import torch
@@ -10,24 +9,14 @@ from torch import Tensor
 from quattuor.kernels.dispatch import Implementation
 from quattuor.kernels.lut_linear.problem import LutProblem
 from quattuor.kernels.lut_linear.reference import Reference
+from quattuor.kernels.requirements import reason_against_triton
 
-__all__ = ["Decoded", "linear_rows", "reason_against"]
+__all__ = ["Decoded", "linear_rows"]
 
 #: Of the decoded rows that exist at a time.
 SCRATCH_BYTES = 1 << 26
 
 Decode = Callable[[LutProblem, Mapping[str, Tensor], int, Tensor], None]
-
-
-def reason_against(problem: LutProblem) -> str | None:
-    """Return why no GPU kernel of this package takes the problem, or None."""
-    if problem.device_type != "cuda":
-        return f"runs on CUDA devices, not on {problem.device_type}"
-    if problem.compute_capability is None or problem.compute_capability < (8, 0):
-        return f"needs compute capability 8.0, not {problem.compute_capability}"
-    if importlib.util.find_spec("triton") is None:
-        return "the package triton is not installed (pip install triton)"
-    return None
 
 
 def linear_rows(
@@ -61,7 +50,7 @@ class Decoded(Implementation):
     stored_bits = Reference.stored_bits
 
     def supports(self, problem: LutProblem) -> str | None:
-        return reason_against(problem)
+        return reason_against_triton(problem)
 
     def prepare(self, problem: LutProblem, *tensors: Tensor | None) -> dict[str, Tensor]:
         return Reference().prepare(problem, *tensors)

@@ -2,13 +2,13 @@
 """The operation in Triton: which problems it takes, the tile for each token count, when the weight is decoded."""
 
 import functools
-import importlib.util
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from quattuor.kernels.dispatch import Implementation, LinearProblem, TokenRange
+from quattuor.kernels.requirements import reason_against_triton
 from quattuor.kernels.w4a8_linear.triton import processors
 from quattuor.kernels.w4a16_linear import measured
 from quattuor.kernels.w4a16_linear.planes import (
@@ -148,12 +148,9 @@ class Triton(Implementation):
     stored_bits = STORED_BITS
 
     def supports(self, problem: LinearProblem) -> str | None:
-        if problem.device_type != "cuda":
-            return f"runs on CUDA devices, not on {problem.device_type}"
-        if problem.compute_capability is None or problem.compute_capability < (8, 0):
-            return f"needs compute capability 8.0, not {problem.compute_capability}"
-        if importlib.util.find_spec("triton") is None:
-            return "the package triton is not installed (pip install triton)"
+        reason = reason_against_triton(problem)
+        if reason is not None:
+            return reason
         if layout_of(problem).plane_k < MIN_PLANE:
             return f"needs a group size that is a multiple of {MIN_PLANE}, not {problem.group_size}"
         return None

@@ -2,13 +2,13 @@
 """The operation for one token by products of four bytes at a time: which problems it takes, and the tile."""
 
 import functools
-import importlib.util
 from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor
 
 from quattuor.kernels.dispatch import Implementation, LinearProblem, TokenRange
+from quattuor.kernels.requirements import reason_against_triton
 from quattuor.kernels.w4a8_linear import measured
 from quattuor.kernels.w4a8_linear.planes import (
     BLOCK_K,
@@ -50,12 +50,9 @@ class Lanes(Implementation):
     stored_bits = STORED_BITS
 
     def supports(self, problem: LinearProblem) -> str | None:
-        if problem.device_type != "cuda":
-            return f"runs on CUDA devices, not on {problem.device_type}"
-        if problem.compute_capability is None or problem.compute_capability < (8, 0):
-            return f"needs compute capability 8.0, not {problem.compute_capability}"
-        if importlib.util.find_spec("triton") is None:
-            return "the package triton is not installed (pip install triton)"
+        reason = reason_against_triton(problem)
+        if reason is not None:
+            return reason
         if mode_of(problem) != "channel":
             return "takes codes of at most 4 bits with one scale per channel"
         if problem.weight_bits != 4:

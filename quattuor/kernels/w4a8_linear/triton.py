@@ -2,7 +2,6 @@
 """The operation in Triton: which problems it takes, the weight layout, the tile for each token count."""
 
 import functools
-import importlib.util
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
@@ -10,6 +9,7 @@ import torch
 from torch import Tensor
 
 from quattuor.kernels.dispatch import Implementation, LinearProblem
+from quattuor.kernels.requirements import reason_against_triton
 from quattuor.kernels.w4a8_linear import measured
 from quattuor.kernels.w4a8_linear.narrow import BLOCKS, prepare_narrow, width_of
 from quattuor.kernels.w4a8_linear.planes import (
@@ -151,13 +151,7 @@ class Triton(Implementation):
     stored_bits = STORED_BITS
 
     def supports(self, problem: LinearProblem) -> str | None:
-        if problem.device_type != "cuda":
-            return f"runs on CUDA devices, not on {problem.device_type}"
-        if problem.compute_capability is None or problem.compute_capability < (8, 0):
-            return f"needs compute capability 8.0, not {problem.compute_capability}"
-        if importlib.util.find_spec("triton") is None:
-            return "the package triton is not installed (pip install triton)"
-        return None
+        return reason_against_triton(problem)
 
     def memory_bits(self, problem: LinearProblem) -> int:
         return width_of(problem)

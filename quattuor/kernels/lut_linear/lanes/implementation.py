@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from quattuor.kernels.dispatch import Implementation, TokenRange
-from quattuor.kernels.lut_linear.decoded import linear_rows, reason_against
+from quattuor.kernels.lut_linear.decoded import linear_rows
 from quattuor.kernels.lut_linear.lanes.layout import (
     BLOCK_K,
     HALF_STEP_K,
@@ -17,6 +17,7 @@ from quattuor.kernels.lut_linear.lanes.layout import (
     prepare_lanes,
 )
 from quattuor.kernels.lut_linear.problem import PACKED_BITS, LutProblem
+from quattuor.kernels.requirements import reason_against_triton
 from quattuor.kernels.w4a8_linear.triton import processors
 
 __all__ = ["Lanes", "choose_batch_warps", "choose_warps", "fewest_warps"]
@@ -78,7 +79,7 @@ class Lanes(Implementation):
             return f"needs a group size that is a multiple of {HALF_STEP_K}, not {problem.group_size}"
         if problem.kind == "codebook" and problem.table_dtype != torch.float16:
             return "looks up float16 entries, not float32 ones"
-        return reason_against(problem)
+        return reason_against_triton(problem)
 
     def remark(self, problem: LutProblem, tokens: TokenRange) -> str:
         return f"decodes 64 MiB of rows at a time beyond {MAX_BATCH} tokens" if tokens.first > MAX_BATCH else ""

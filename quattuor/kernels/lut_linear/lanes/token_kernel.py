@@ -93,8 +93,8 @@ def token_kernel(
     """Sixteen rows times one token; UNIT is the run of K that shares a table, 0 for whole rows.
 
     Sums are exact integers over a unit, or over what a warp has of a row, and float32 beyond. With HOLDS the next
-    block of the weight is loaded before this one is multiplied, not after; EARLY also loads the token's bytes of the
-    next block.
+    block of the weight is loaded before this one is multiplied, not after; EARLY also loads the token's bytes of
+    the next block.
     """
     lanes = tl.arange(0, WARPS * 32)
     warp = lanes // 32
