@@ -16,6 +16,7 @@ from quattuor.formats.bilevel import BilevelInteger
 from quattuor.formats.binary import BinaryCoding
 from quattuor.formats.codebook import Codebook
 from quattuor.formats.integer import Integer
+from quattuor.formats.mid_rise import MidRise
 from quattuor.formats.two_level import TwoLevelInteger
 from quattuor.granularity import Granularity, PerChannel, PerGroup, PerTensor
 from quattuor.kernels import lut_linear, w4a8_linear, w4a16_linear
@@ -152,14 +153,15 @@ class FloatExecution(Execution):
     operand: Operand | None = None
 
     def prepared(self, tensor: QuantizedTensor) -> "FloatExecution":
-        """Lay out codes, scales and zero points; those of two levels become real numbers."""
+        """Lay out codes, scales and zero points; those of two levels or between codes are real numbers."""
         codes, parameters = tensor.codes, tensor.parameters
         if isinstance(tensor.number_format, BilevelInteger):
             parameters = tensor.number_format.resolved(parameters)
+        scale = parameters["scale"].expand(len(codes), -1)
         zero_point = parameters["zero_point"].expand(len(codes), -1) if "zero_point" in parameters else None
-        return replace(
-            self, operand=self.plan.prepare(codes, parameters["scale"].expand(len(codes), -1), zero_point)
-        )
+        if isinstance(tensor.number_format, MidRise):
+            zero_point = torch.full_like(scale, -0.5)
+        return replace(self, operand=self.plan.prepare(codes, scale, zero_point))
 
     def linear(self, x: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:
         """Multiply in floating point."""
@@ -313,7 +315,7 @@ def make_execution(
         return TableExecution(lut_linear.plan(_table_problem(tensor, dtype, device), force))
     # On a CPU the decoded weight is kept anyway, and one dense product is faster than a second, sparse one.
     is_delta_on_cpu = tensor.delta is not None and device.type == "cpu"
-    uniform = Integer if device.type == "cpu" else Integer | BilevelInteger
+    uniform = Integer if device.type == "cpu" else Integer | BilevelInteger | MidRise
     if activations is None and (is_delta_on_cpu or not isinstance(tensor.number_format, uniform)):
         return _decoded(tensor.number_format, force, device, name)
     problem = _problem(tensor, activations, dtype, device)
@@ -363,7 +365,7 @@ def _problem(
         weight_bits=tensor.number_format.bits,
         group_size=granularity.group_size if isinstance(granularity, PerGroup) else None,
         integer_group_scale="group_scale" in parameters and parameters["group_scale"].dtype == torch.int8,
-        zero_point="zero_point" in parameters or isinstance(tensor.number_format, BilevelInteger),
+        zero_point="zero_point" in parameters or isinstance(tensor.number_format, BilevelInteger | MidRise),
         activation_bits=16 if activations is None else activations.bits,
         output_dtype=dtype,
         **describe_device(device),
