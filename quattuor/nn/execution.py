@@ -25,6 +25,9 @@ from quattuor.quantized_tensor import QuantizedTensor
 
 __all__ = ["Execution", "IntegerExecution", "Product", "make_execution", "reason_against_execution"]
 
+#: Uniform codes whose zero points are real numbers.
+_REAL_ZERO_POINTS = BilevelInteger | MidRise
+
 
 def reason_against_execution(
     number_format: Format, granularity: Granularity, activations: ActivationQuantizer | None
@@ -315,7 +318,7 @@ def make_execution(
         return TableExecution(lut_linear.plan(_table_problem(tensor, dtype, device), force))
     # On a CPU the decoded weight is kept anyway, and one dense product is faster than a second, sparse one.
     is_delta_on_cpu = tensor.delta is not None and device.type == "cpu"
-    uniform = Integer if device.type == "cpu" else Integer | BilevelInteger | MidRise
+    uniform = Integer if device.type == "cpu" else Integer | _REAL_ZERO_POINTS
     if activations is None and (is_delta_on_cpu or not isinstance(tensor.number_format, uniform)):
         return _decoded(tensor.number_format, force, device, name)
     problem = _problem(tensor, activations, dtype, device)
@@ -365,7 +368,7 @@ def _problem(
         weight_bits=tensor.number_format.bits,
         group_size=granularity.group_size if isinstance(granularity, PerGroup) else None,
         integer_group_scale="group_scale" in parameters and parameters["group_scale"].dtype == torch.int8,
-        zero_point="zero_point" in parameters or isinstance(tensor.number_format, BilevelInteger | MidRise),
+        zero_point="zero_point" in parameters or isinstance(tensor.number_format, _REAL_ZERO_POINTS),
         activation_bits=16 if activations is None else activations.bits,
         output_dtype=dtype,
         **describe_device(device),

@@ -80,7 +80,7 @@ class DigitTile:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LaneTile:
-    """The work of one program of `registers`: 16 rows, whose blocks of K `num_warps` take in turn.
+    """The work of one program of `lanes`: 16 rows, whose blocks of K `num_warps` take in turn.
 
     A warp has loaded `depth` blocks ahead; with `holds`, the next one before it multiplies this one. The program
     brings to L2 what its warps take in the first `before` turns. `overlap` is as in `DigitTile`.

@@ -12,10 +12,10 @@ import pytest
 import torch
 import triton
 from ahead_of_time import compile_kernel
+from few_tokens import check_runs, random_layer
 from test_w4a16_triton import kernel_constants, problem
 
 from quattuor.kernels import w4a16_linear
-from quattuor.kernels.dispatch import LinearProblem, describe_device
 from quattuor.kernels.w4a16_linear.lanes import launch_lanes
 from quattuor.kernels.w4a16_linear.lanes.fields import FACTOR_BITS, INTEGER_BITS, num_terms
 from quattuor.kernels.w4a16_linear.lanes.integers_kernel import MAX_SEARCH, integers_kernel, num_pairs
@@ -210,52 +210,12 @@ def test_the_kernel_of_a_layer_that_was_not_measured(bits, size, kind):
     ],
 )
 def test_gpu_tiles_of_lanes(num_tokens, tile, bits, group_size, zero):
-    out_features, in_features = 391, 1300
-    low = -(2 ** (bits - 1)) if zero == "none" else 0
-    codes = torch.randint(low, low + 2**bits, (out_features, in_features), device="cuda")
-    layer = LinearProblem(
-        out_features=out_features,
-        in_features=in_features,
-        weight_bits=bits,
-        group_size=group_size,
-        zero_point=zero != "none",
-        activation_bits=16,
-        output_dtype=torch.float32,
-        **describe_device("cuda"),
-    )
-    codes = codes.to(torch.int8 if zero == "none" else torch.uint8)
-    scale = torch.randn(out_features, layer.num_groups, device="cuda")
-    zero_point = None
-    if zero != "none":
-        zero_point = torch.rand_like(scale) * 2**bits
-        zero_point = zero_point if zero == "real" else zero_point.floor()
-    x = torch.randn(2 * num_tokens, in_features, device="cuda").half()[::2]
-    bias = torch.randn(out_features, device="cuda")
-    operands = {name: w4a16_linear.plan(layer, force=name) for name in ("triton", "reference")}
-    prepared = {name: plan.prepare(codes, scale, zero_point) for name, plan in operands.items()}
-    plain = operands["reference"].linear(x, prepared["reference"], bias)
-    group_of_k = torch.arange(in_features, device="cuda") // (group_size or in_features)
-    offset = 0 if zero_point is None else zero_point[:, group_of_k].double()
-    exact = x.double() @ (scale[:, group_of_k].double() * (codes.double() - offset)).T + bias
-    tensors = prepared["triton"].layout("fields")
-    weight = (tensors["packed"], tensors["scale"], tensors.get("zero_point", tensors.get("offset")))
+    layer = random_layer(num_tokens, bits, group_size, zero)
 
     def run(x):
-        out = torch.full((num_tokens, out_features), torch.nan, device="cuda")
-        launch_lanes(x, *weight, bias, out, layout=layout_of(layer), group_size=group_size, tile=tile)
+        out = torch.full((num_tokens, layer.problem.out_features), torch.nan, device="cuda")
+        layout = layout_of(layer.problem)
+        launch_lanes(x, *layer.weight, layer.bias, out, layout=layout, group_size=group_size, tile=tile)
         return out
 
-    out = run(x)
-    error, plain_error = ((result - exact).abs().max() for result in (out, plain))
-    assert error <= 4 * plain_error + 1e-6 * exact.abs().max()
-    assert all(torch.equal(run(x), out) for _ in range(3))
-    x[0, 3] = torch.inf
-    spoilt = run(x)
-    assert spoilt[0].isnan().all()
-    assert torch.equal(spoilt[1:], out[1:])
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = run(x)
-    x[0, 3] = 0.5
-    graph.replay()
-    assert torch.equal(captured, run(x))
+    check_runs(layer, run, row=0)
