@@ -13,43 +13,9 @@ from jaxtyping import Float, Int32, Integer
 from torch import Tensor
 
 from quattuor.errors import InputError, compose
+from quattuor.kernels.sparse_product import sparse_product
 
 __all__ = ["DELTAS", "ColumnDelta", "Delta", "ElementDelta"]
-
-
-# An operator, because compilers do not trace sparse tensors.
-torch.library.define(
-    "quattuor::sparse_product",
-    "(Tensor x, Tensor row_offsets, Tensor columns, Tensor values, int out_features) -> Tensor",
-)
-
-
-@torch.library.impl("quattuor::sparse_product", "CompositeExplicitAutograd")
-def _sparse_product(x: Tensor, row_offsets: Tensor, columns: Tensor, values: Tensor, out_features: int) -> Tensor:
-    """Return x [M, K] times a matrix in compressed rows, transposed: float32 [M, N]."""
-    # Coordinates rather than compressed rows: the latter are a beta feature of torch, and warn.
-    sparse_NK = torch.sparse_coo_tensor(
-        torch.stack((_rows_of(row_offsets, values.numel()), columns.long())),
-        values.float(),
-        size=(out_features, x.shape[1]),
-        is_coalesced=True,
-        check_invariants=False,
-    )
-    return (sparse_NK @ x.float().T).T.contiguous()
-
-
-@torch.library.register_fake("quattuor::sparse_product")  # type: ignore[untyped-decorator]
-def _fake_sparse_product(
-    x: Tensor, row_offsets: Tensor, columns: Tensor, values: Tensor, out_features: int
-) -> Tensor:
-    return x.new_empty((x.shape[0], out_features), dtype=torch.float32)
-
-
-def _rows_of(row_offsets: Tensor, count: int) -> Tensor:
-    """Return the row of each of `count` entries in compressed rows, int64."""
-    counts_N = row_offsets.diff().long()
-    rows_N = torch.arange(counts_N.numel(), device=counts_N.device)
-    return rows_N.repeat_interleave(counts_N, output_size=count)  # stated, so that no device is waited for
 
 
 class Delta(ABC):
@@ -60,7 +26,7 @@ class Delta(ABC):
         """Return the additions as a matrix, float32."""
 
     @abstractmethod
-    def matmul(self, x: Float[Tensor, "M K"], out_features: int) -> Float[Tensor, "M N"]:
+    def matmul(self, x: Float[Tensor, "M K"]) -> Float[Tensor, "M N"]:
         """Return x @ dense.T, computed in float32 from the sparse form."""
 
     @abstractmethod
@@ -86,7 +52,7 @@ class ColumnDelta(Delta):
         result_NK[:, self.indices.long()] = self.values.float()
         return result_NK
 
-    def matmul(self, x: Float[Tensor, "M K"], out_features: int) -> Float[Tensor, "M N"]:
+    def matmul(self, x: Float[Tensor, "M K"]) -> Float[Tensor, "M N"]:
         """Return x[:, indices] @ values.T."""
         product: Tensor = x[:, self.indices.long()].float() @ self.values.float().T
         return product
@@ -140,7 +106,10 @@ class ElementDelta(Delta):
     @property
     def rows(self) -> Tensor:
         """Row of each entry, int64 [nnz]."""
-        return _rows_of(self.row_offsets, self.values.numel())
+        counts_N = self.row_offsets.diff().long()
+        rows_N = torch.arange(counts_N.numel(), device=counts_N.device)
+        # The number is stated so that no device is waited for.
+        return rows_N.repeat_interleave(counts_N, output_size=self.values.numel())
 
     def dense(self, shape: tuple[int, int]) -> Float[Tensor, "N K"]:
         """Return the additions as a matrix, float32."""
@@ -148,11 +117,9 @@ class ElementDelta(Delta):
         result_NK[self.rows, self.columns.long()] = self.values.float()
         return result_NK
 
-    def matmul(self, x: Float[Tensor, "M K"], out_features: int) -> Float[Tensor, "M N"]:
+    def matmul(self, x: Float[Tensor, "M K"]) -> Float[Tensor, "M N"]:
         """Return x @ dense.T as a sparse product."""
-        product: Tensor = torch.ops.quattuor.sparse_product(
-            x, self.row_offsets, self.columns, self.values, out_features
-        )
+        product: Tensor = sparse_product(x, self.row_offsets, self.columns, self.values)
         return product
 
     def tensors(self) -> dict[str, Tensor]:

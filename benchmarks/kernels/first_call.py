@@ -160,7 +160,8 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     kept = existing_rows(options.json or record.RESULTS / f"{RECORD}.json") if options.append else []
     cases = options.cases.split(",")
-    rows = [*(row for row in kept if row["case"] not in cases), *measure(cases, options.processes)]
+    kept = [row for row in kept if row["case"] in CASES and row["case"] not in cases]
+    rows = [*kept, *measure(cases, options.processes)]
     rows.sort(key=lambda row: list(CASES).index(row["case"]))
     record.write(RECORD, rows, to=options.json)
 

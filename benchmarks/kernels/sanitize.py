@@ -26,7 +26,7 @@ from pathlib import Path
 
 import torch
 
-from quattuor.kernels import lut_linear, token_quantize, w4a8_linear, w4a16_linear
+from quattuor.kernels import lut_linear, sparse_product, token_quantize, w4a8_linear, w4a16_linear
 from quattuor.kernels.dispatch import LinearProblem, describe_device
 from quattuor.kernels.lut_linear.problem import LutProblem
 from quattuor.kernels.token_quantize import reference
@@ -164,13 +164,27 @@ def quantizations() -> None:
         assert_close(gate[1], reference.silu_mul_quantize_tokens(x, other)[1], shape)
 
 
+def sparse_products() -> None:
+    """Compare products with single entries with the reference; one row has none, one is full."""
+    mask = torch.rand(OUT_FEATURES, IN_FEATURES) < 0.02
+    mask[0], mask[1] = False, True
+    offsets = torch.zeros(OUT_FEATURES + 1, dtype=torch.int32)
+    offsets[1:] = mask.sum(dim=1).cumsum(0)
+    columns = mask.nonzero()[:, 1].to(torch.int16)
+    entries = offsets, columns, torch.randn(columns.numel()).half()
+    for num_tokens in (1, 3, 40, 130):
+        x = torch.randn(num_tokens, IN_FEATURES).half()
+        found = sparse_product.sparse_product(x.cuda(), *(tensor.cuda() for tensor in entries))
+        assert_close(found, sparse_product.sparse_product(x, *entries), num_tokens)
+
+
 def planted() -> None:
     """Write one block beyond the end of a tensor."""
     from quattuor.kernels.token_quantize.triton_kernel import token_quantize_kernel
 
     x = torch.randn(2, 256, device="cuda")
     codes = torch.empty(1, 256, dtype=torch.int8, device="cuda")  # a row too few
-    options = {"BLOCK": 256, "IS_WHOLE": True, "OVERLAP": False, "num_warps": 1}
+    options = {"STEP": 256, "STEPS": 1, "IS_WHOLE": True, "OVERLAP": False, "DEVICE": True, "num_warps": 1}
     token_quantize_kernel[(2,)](x, codes, torch.empty(2, device="cuda"), 256, x.stride(0), **options)
 
 
@@ -194,6 +208,7 @@ CASES: dict[str, Callable[[], None]] = {
     "w4a16_few_tokens": partial(float_products, torch.float32, (1, 2, 3)),
     "lut_lanes": table_products,
     "token_quantize_triton": quantizations,
+    "sparse_product_triton": sparse_products,
     "specialized_warps": specialized_warps,
     "planted": planted,
 }
@@ -270,7 +285,8 @@ def main(arguments: list[str] | None = None) -> None:
     kept = existing_rows(options.json or record.RESULTS / f"{RECORD}.json") if options.append else []
     found = measure(options)
     measured = {(row["case"], row["tool"]) for row in found}
-    rows = [*(row for row in kept if (row["case"], row["tool"]) not in measured), *found]
+    kept = [row for row in kept if row["case"] in CASES and (row["case"], row["tool"]) not in measured]
+    rows = [*kept, *found]
     rows.sort(key=lambda row: (list(CASES).index(row["case"]), TOOLS.index(row["tool"])))
     record.write(RECORD, rows, to=options.json)
 

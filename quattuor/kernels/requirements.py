@@ -1,10 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every Triton kernel of the package needs of a device."""
 
+import functools
 import importlib.util
 from typing import Protocol
 
-__all__ = ["reason_against_triton"]
+import torch
+
+__all__ = ["reason_against_triton", "runs_on_triton"]
 
 
 class DeviceProblem(Protocol):
@@ -26,3 +29,9 @@ def reason_against_triton(problem: DeviceProblem) -> str | None:
     if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed (pip install triton)"
     return None
+
+
+@functools.cache
+def runs_on_triton(device: torch.device) -> bool:
+    """Return whether a device runs the Triton kernels: CUDA with triton installed."""
+    return device.type == "cuda" and importlib.util.find_spec("triton") is not None

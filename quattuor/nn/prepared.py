@@ -58,7 +58,7 @@ class Prepared:
         inputs = rows if extras.input_map is None else extras.input_map.apply(rows)
         y = self.execution.linear(inputs, None, torch.float32)
         if extras.delta is not None:
-            y = y + extras.delta.matmul(inputs, self.out_features)
+            y = y + extras.delta.matmul(inputs)
         if extras.output_map is not None:
             y = extras.output_map.apply(y)
         return (y if bias is None else y + bias.float()).to(rows.dtype)

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from quattuor.kernels.dispatch import Implementation
 from quattuor.kernels.lut_linear.problem import LutProblem
+from quattuor.kernels.sparse_product import reference as sparse_product
 
 __all__ = ["Float32", "Reference", "add_sparse", "decoded_weight"]
 
@@ -34,10 +35,8 @@ def add_sparse(out_MN: Tensor, x_MK: Tensor, operand: Mapping[str, Tensor]) -> T
     """Return out + x @ D.T for the single entries D, in float32."""
     if "values" not in operand:
         return out_MN
-    counts_N = operand["row_offsets"].long().diff()
-    rows = torch.arange(counts_N.numel(), device=counts_N.device).repeat_interleave(counts_N)
-    terms = x_MK.float()[:, operand["columns"].long()] * operand["values"].float()
-    return out_MN.index_add(1, rows, terms)
+    entries = (operand[name] for name in ("row_offsets", "columns", "values"))
+    return out_MN + sparse_product.multiply(x_MK, *entries)
 
 
 def finish(out_MN: Tensor, bias: Tensor | None, out_dtype: torch.dtype) -> Tensor:

@@ -1,22 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """The public wrappers: check the inputs and call the registered operators."""
 
-import functools
-import importlib.util
-
 import torch
 from torch import Tensor
 
 from quattuor.kernels.dispatch import OUTPUT_DTYPES, check, check_tensor, is_plain_call
+from quattuor.kernels.requirements import runs_on_triton
 from quattuor.kernels.token_quantize import reference
 
 __all__ = ["rms_norm_quantize", "silu_mul_quantize", "token_quantize"]
-
-
-@functools.cache
-def runs_on_triton(device: torch.device) -> bool:
-    """Return whether a device runs the Triton kernels: CUDA with triton installed."""
-    return device.type == "cuda" and importlib.util.find_spec("triton") is not None
 
 
 def implementation(device: torch.device):
