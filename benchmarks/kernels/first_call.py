@@ -93,6 +93,8 @@ def table_layer(num_tokens: int) -> Call:
 CASES: dict[str, Callable[[], Call]] = {
     "w4a8_triton_1_token": partial(integer_layer, 1, 4, None, "triton"),
     "w4a8_triton_group128_1_token": partial(integer_layer, 1, 4, 128, "triton"),
+    "w4a8_lanes_1_token": partial(integer_layer, 1, 4, None, "lanes"),
+    "w4a8_lanes_group128_1_token": partial(integer_layer, 1, 4, 128, "lanes"),
     "w4a8_gluon_16_tokens": partial(integer_layer, 16, 4, None, "gluon"),
     "w4a8_gluon_1024_tokens": partial(integer_layer, 1024, 4, None, "gluon"),
     "w4a8_gluon_group128_16_tokens": partial(integer_layer, 16, 4, 128, "gluon"),

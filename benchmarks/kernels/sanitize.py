@@ -199,7 +199,7 @@ FOUR_BITS = ((4, None, False), (4, 128, True), (4, 128, False))
 OTHER_BITS = ((2, None, False), (3, None, False), (2, 128, True), (3, 64, False), (6, None, False))
 CASES: dict[str, Callable[[], None]] = {
     "w4a8_gluon": partial(integer_products, "gluon", FOUR_BITS),
-    "w4a8_lanes": partial(integer_products, "lanes", FOUR_BITS[:1], in_features=768),
+    "w4a8_lanes": partial(integer_products, "lanes", (*FOUR_BITS, (4, 32, True)), in_features=768),
     "w4a8_triton": partial(integer_products, "triton", FOUR_BITS),
     "w4a8_triton_other_bits": partial(integer_products, "triton", OTHER_BITS),
     "w8a8_triton": partial(integer_products, "triton", ((8, None, False),)),

@@ -45,7 +45,7 @@ from quattuor.kernels.w4a8_linear.planes import (
 __all__ = ["candidates", "choose", "main"]
 
 #: The token count that is timed, by the largest that it stands for.
-TIMED = {1: 1, 8: 1, 16: 16, 32: 32, 64: 64, 128: 128, 256: 256, 512: 512, 1024: 1024, 8192: 4096}
+TIMED = {1: 1, 8: 8, 16: 16, 32: 32, 64: 64, 128: 128, 256: 256, 512: 512, 1024: 1024, 8192: 4096}
 GROUPS = {"channel": None, "integer": 128, "half": 128}
 PROCESSORS = 132
 #: Schedules whose longest program has more work than this times the mean are not timed.
@@ -92,6 +92,11 @@ def triton_candidates(shape: tuple[int, int], max_tokens: int, channel: bool) ->
         pair = {8: 9, 16: 7, 32: 6}[max_tokens]
         for num_stages, overlap in ((3, "none"), (4, "none"), (5, "none"), (5, "late"), (pair, "early")):
             yield tile(64, max_tokens, 4, num_stages, overlap)
+        if max_tokens <= 16:
+            for num_stages, overlap in ((4, "late"), (6, "none"), (6, "early")):
+                yield tile(64, max_tokens, 4, num_stages, overlap)
+            for num_stages in (3, 4, 5):
+                yield tile(64, max_tokens, 4, num_stages, "none", per_processor=num_stages)
     elif max_tokens == 64:
         for num_stages, overlap in ((4, "early"), (5, "early"), (4, "late")):
             yield tile(64, 64, 4, num_stages, overlap)
@@ -146,7 +151,7 @@ def hopper_candidates(max_tokens: int) -> Iterator[HopperTile]:
 
 def candidates(shape: tuple[int, int], max_tokens: int, mode: str, top: int | None = None) -> list[AnyTile]:
     """Return the tiles worth timing; with `top`, so many Hopper tiles by estimate, and the present choice."""
-    lanes = list(lanes_candidates(shape)) if max_tokens == 1 and mode == "channel" else []
+    lanes = list(lanes_candidates(shape)) if max_tokens == 1 else []
     max_tokens = max(8, max_tokens)
     hopper: list[HopperTile] = []
     for tile in hopper_candidates(max_tokens):
@@ -191,7 +196,8 @@ def launch(problem: LinearProblem, tile: AnyTile, batch: Batch, tensors: dict) -
     arguments = (batch.x_codes, batch.x_scale, tensors["packed"], tensors["scale"], group_scale)
     shared = {"group_size": problem.group_size, "tile": tile}
     if isinstance(tile, LanesTile):
-        lanes_kernel.launch_lanes(*arguments[:4], None, out, tile=tile)
+        lane_scales = tensors.get("lane_scales")
+        lanes_kernel.launch_lanes(*arguments[:4], None, out, tile=tile, mode=mode, lane_scales=lane_scales)
     elif isinstance(tile, Tile):
         words = tensors.get("group_words")
         triton_kernel.launch(

@@ -20,6 +20,7 @@ from quattuor.kernels.w4a8_linear.planes import (
     group_scale_of,
     mode_of,
     prepare_planes,
+    remark_on_clamps,
 )
 from quattuor.kernels.w4a8_linear.triton import processors
 
@@ -73,9 +74,7 @@ class Gluon(Implementation):
         return None
 
     def remark(self, problem: LinearProblem, tokens: TokenRange) -> str:
-        if mode_of(problem) != "half":
-            return ""
-        return "products of codes and scales are clamped only where `prepare` finds one beyond int8"
+        return remark_on_clamps(problem)
 
     def prepare(self, problem: LinearProblem, *tensors: Tensor | None) -> dict[str, Tensor]:
         return prepare_planes(problem, *tensors)

@@ -3,6 +3,7 @@
 
 import functools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -10,12 +11,16 @@ from torch import Tensor
 from quattuor.kernels.dispatch import Implementation, LinearProblem, TokenRange
 from quattuor.kernels.requirements import reason_against_triton
 from quattuor.kernels.w4a8_linear import measured
+from quattuor.kernels.w4a8_linear.lane_scales import reason_against_groups
+from quattuor.kernels.w4a8_linear.narrow import width_of
 from quattuor.kernels.w4a8_linear.planes import (
     BLOCK_K,
+    PLANE_K,
     STORED_BITS,
     LanesTile,
-    mode_of,
+    group_scale_of,
     prepare_planes,
+    remark_on_clamps,
 )
 
 __all__ = ["MAX_TOKENS", "Lanes", "choose_lanes_tile"]
@@ -33,7 +38,12 @@ def choose_lanes_tile(out_features: int, num_blocks: int) -> LanesTile:
 
 @functools.lru_cache(maxsize=4096)
 def tile_for(problem: LinearProblem, is_gated: bool = False) -> LanesTile:
-    """Return the measured tile of a layer, or the one that the rule gives; for gates, warps take rows by twos."""
+    """Return the measured tile of a layer, or the one that the rule gives; for gates, warps take rows by twos.
+
+    Shorter groups take the tile of groups of a plane: they only bring more scales.
+    """
+    if problem.group_size is not None and problem.group_size % PLANE_K:
+        problem = replace(problem, group_size=PLANE_K)
     choice = measured.find(problem, MAX_TOKENS)
     if choice is not None and isinstance(choice.tile, LanesTile):
         own_rows = choice.tile.rows // choice.tile.num_warps
@@ -53,15 +63,11 @@ class Lanes(Implementation):
         reason = reason_against_triton(problem)
         if reason is not None:
             return reason
-        if mode_of(problem) != "channel":
-            return "takes codes of at most 4 bits with one scale per channel"
-        if problem.weight_bits != 4:
+        if width_of(problem) != 4:
             return f"unpacks nibbles, in which codes of {problem.weight_bits} bits are not kept"
         if problem.activation_zero_point:
             return "subtracts no zero points of activations"
-        if problem.in_features % BLOCK_K:
-            return f"needs in_features to be a multiple of {BLOCK_K}, not {problem.in_features}"
-        return None
+        return reason_against_groups(problem)
 
     def declines(self, problem: LinearProblem, tokens: TokenRange) -> str | None:
         if tokens.last is None or tokens.last > MAX_TOKENS:
@@ -70,6 +76,9 @@ class Lanes(Implementation):
         if choice is not None and choice.implementation != self.name:
             return f"{choice.implementation} was measured to be faster on this layer"
         return None
+
+    def remark(self, problem: LinearProblem, tokens: TokenRange) -> str:
+        return remark_on_clamps(problem)
 
     def prepare(self, problem: LinearProblem, *tensors: Tensor | None) -> dict[str, Tensor]:
         return prepare_planes(problem, *tensors)
@@ -130,6 +139,8 @@ def multiply(
             bias if bias is None else bias.contiguous(),
             out,
             tile=tile_for(problem, is_gated),
+            mode=group_scale_of(problem, operand)[0],
+            lane_scales=operand.get("lane_scales"),
             is_gated=is_gated,
         )
     return out

@@ -13,22 +13,18 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 from quattuor.kernels.launch import launcher
 from quattuor.kernels.token_quantize.triton_kernel import gated, overlaps
+from quattuor.kernels.w4a8_linear.lane_scales import STEP_BLOCKS
+from quattuor.kernels.w4a8_linear.lanes_sums import (
+    CHANNEL,
+    INTEGER,
+    MODES,
+    add_step,
+    extend_scales,
+    scales_of,
+)
 from quattuor.kernels.w4a8_linear.planes import LanesTile
 
 __all__ = ["launch_lanes", "w4a8_lanes_kernel"]
-
-
-@triton.jit
-def add_bytes(sums, a, b, ASM: tl.constexpr):
-    """sums + the products of the four int8 in each int32."""
-    if ASM:
-        sums = tl.inline_asm_elementwise(
-            "dp4a.s32.s32 $0, $1, $2, $3;", "=r,r,r,r", [a, b, sums], dtype=tl.int32, is_pure=True, pack=1
-        )
-    else:
-        for byte in tl.static_range(4):
-            sums += ((a << (24 - 8 * byte)) >> 24) * ((b << (24 - 8 * byte)) >> 24)
-    return sums
 
 
 @triton.jit
@@ -89,11 +85,15 @@ def w4a8_lanes_kernel(
     x_scale,
     packed,
     scale,
+    lane_scales,
     bias,
     out,
     N,
     stride_xm,
     NUM_BLOCKS: tl.constexpr,
+    MODE: tl.constexpr,
+    PARTS: tl.constexpr,
+    WORDS: tl.constexpr,
     ROWS: tl.constexpr,
     WARPS: tl.constexpr,
     AHEAD: tl.constexpr,
@@ -127,8 +127,23 @@ def w4a8_lanes_kernel(
         of_row = (row - first) * 32
     offset = of_row[:, :, None] + (block * 4096 + lane % 32)
 
+    STEPS: tl.constexpr = (NUM_BLOCKS + 3) // 4
+    scales_start = lane_scales
+    if MODE != CHANNEL:
+        of_lane = tl.arange(0, 32)[None, None, :]
+        part = of_lane // 8 * PARTS + of_lane % 8 // (8 // PARTS)
+        OF_ROW: tl.constexpr = 4 * PARTS * WORDS
+        if IS_GATED:
+            scales_start += (row * OF_ROW)[:, :, None] + part * WORDS
+        else:
+            scales_start += first.to(tl.int64) * OF_ROW
+            scales_start += ((row - first) * OF_ROW)[:, :, None] + part * WORDS
+
     # neither the weight nor its scales depend on the kernel before this one
     words = ()
+    scales = ()
+    for step in tl.static_range(AHEAD):
+        scales = extend_scales(scales, scales_start, step, MODE, WORDS, ASM)
     for step in tl.static_range(AHEAD):
         words += (load_rows(start, offset, block, step, NUM_BLOCKS),)
     row_scale = tl.load(scale + row)
@@ -137,17 +152,18 @@ def w4a8_lanes_kernel(
     x += token.to(tl.int64) * stride_xm
     x_words = x.to(tl.pointer_type(tl.int32), bitcast=True)
     of_x = tl.broadcast_to(block * 64 + lane % 32, (WARPS, 1, 128))
-    sums = tl.zeros((WARPS, ROWS // WARPS, 128), dtype=tl.int32)
+    sums = tl.zeros((WARPS, ROWS // WARPS, 128 if MODE == CHANNEL else 32), dtype=tl.int32)
     token_scale = tl.load(x_scale + token)
-    STEPS: tl.constexpr = (NUM_BLOCKS + 3) // 4
     for step in tl.static_range(STEPS):
         if step + AHEAD < STEPS:
+            scales = extend_scales(scales, scales_start, step + AHEAD, MODE, WORDS, ASM)
             words += (load_rows(start, offset, block, step + AHEAD, NUM_BLOCKS),)
-        x_low = tl.broadcast_to(load_plane(x_words, of_x, block, step, NUM_BLOCKS), offset.shape)
-        x_high = tl.broadcast_to(load_plane(x_words + 32, of_x, block, step, NUM_BLOCKS), offset.shape)
-        # 16 * code of both planes; the stored scale is a sixteenth
-        sums = add_bytes(sums, (words[step] << 4) & -0x0F0F0F10, x_low, ASM)
-        sums = add_bytes(sums, words[step] & -0x0F0F0F10, x_high, ASM)
+        x_low = load_plane(x_words, of_x, block, step, NUM_BLOCKS)
+        x_high = load_plane(x_words + 32, of_x, block, step, NUM_BLOCKS)
+        sums = add_step(sums, words[step], x_low, x_high, scales_of(scales, step, MODE, ASM), MODE, ASM)
+    if MODE == INTEGER:
+        # the sums are of 16 * code, the stored scale is not a sixteenth
+        sums = sums >> 4
     out += token.to(tl.int64) * N
     store_row(out, bias, sums, row_scale, token_scale, first, row, N, HAS_BIAS, IS_GATED, ASM)
 
@@ -161,6 +177,8 @@ def launch_lanes(
     out: Tensor,
     *,
     tile: LanesTile,
+    mode: str = "channel",
+    lane_scales: Tensor | None = None,
     is_gated: bool = False,
     interpret: bool = False,
 ) -> None:
@@ -173,6 +191,8 @@ def launch_lanes(
         scale: Of each row.
         bias: Of each row, or None.
         out: [M, N], contiguous.
+        mode: "channel", or how groups are scaled, as `planes.group_scale_of` returns it.
+        lane_scales: Group scales as `pack_lane_scales` returns them, for every row of `packed`; None without.
         tile: With `is_gated` N is a multiple of half its rows, and each warp has an even number of them.
         is_gated: Whether outputs are silu(gate) * up, both rounded to their dtype, of rows that are gate, then up.
         interpret: As for the other kernels.
@@ -186,11 +206,15 @@ def launch_lanes(
         x_scale,
         packed,
         scale,
+        scale if lane_scales is None else lane_scales,
         scale if bias is None else bias,
         out,
         out_features,
         x_codes.stride(0),
         NUM_BLOCKS=num_blocks,
+        MODE=MODES[mode],
+        PARTS=1 if lane_scales is None else lane_scales.shape[1] // STEP_BLOCKS,
+        WORDS=2 if lane_scales is None else lane_scales.shape[2],
         ROWS=tile.rows,
         WARPS=tile.num_warps,
         AHEAD=min(tile.ahead, triton.cdiv(num_blocks, 4)),

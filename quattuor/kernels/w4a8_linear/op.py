@@ -31,7 +31,7 @@ __all__ = ["IMPLEMENTATIONS", "Plan", "plan"]
 
 #: Fastest first; the reference supports every legal problem.
 IMPLEMENTATIONS: tuple[Implementation, ...] = (Lanes(), Gluon(), Triton(), Float32(), Reference())
-#: What `explain` adds for a prepared weight, by the mode of the Hopper kernel.
+#: What `explain` adds for a prepared weight, by the mode of the kernels that need not clamp.
 CLAMPING = {
     "half": "; this weight has one, so they are clamped",
     "unclamped": "; this weight has none, so they are not clamped",
@@ -137,7 +137,9 @@ class Plan:
             return list(self.schedule.rows)
         remark = CLAMPING.get(group_scale_of(self.problem, operand.layout(Gluon.layout))[0], "")
         return [
-            replace(row, reason=row.reason + remark) if row.is_chosen and row.implementation == Gluon.name else row
+            replace(row, reason=row.reason + remark)
+            if row.is_chosen and row.implementation in (Gluon.name, Lanes.name)
+            else row
             for row in self.schedule.rows
         ]
 

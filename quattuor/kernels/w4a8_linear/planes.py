@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from quattuor.kernels.dispatch import LinearProblem
+from quattuor.kernels.w4a8_linear.lane_scales import pack_lane_scales, pad_rows, reason_against_groups
 from quattuor.kernels.w4a8_linear.reference import int8_weight
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "pack_words",
     "pad_weight",
     "prepare_planes",
+    "remark_on_clamps",
     "stays_in_int8",
     "tile_rows",
     "unpack_planes",
@@ -143,6 +145,13 @@ def group_scale_of(problem: LinearProblem, operand: Mapping[str, Tensor]) -> tup
     return mode_of(problem), operand.get("group_scale")
 
 
+def remark_on_clamps(problem: LinearProblem) -> str:
+    """Return what is said of an implementation that clamps only where it must; nothing without float16 scales."""
+    if mode_of(problem) != "half":
+        return ""
+    return "products of codes and scales are clamped only where `prepare` finds one beyond int8"
+
+
 def stays_in_int8(group_scale: Tensor, max_code: int) -> bool:
     """Whether rne(code * s) is an int8 for all codes from -max_code; -128.5 rounds to -128, but 127.5 to 128."""
     low, high = (float(bound) for bound in group_scale.aminmax())
@@ -208,6 +217,7 @@ def prepare_planes(
     group_scale  int8 (integer mode) or float16 (half mode) [G', N']: a warp reads one group of many rows; named
                  unclamped_group_scale where the float16 scales take no product with a code out of int8
     group_words  int32 [B, N'], the two scales of each block; integer mode with groups of whole planes only
+    lane_scales  int32 [N', 4 P, W], the group scales as the kernel for one token takes them, where it does
     arrivals     int32 zeros: counters of programs that share a tile, zero again after every launch
     weight_sum   int32 [N'], sums of the operands over K; only where activations have zero points
     """
@@ -238,4 +248,9 @@ def prepare_planes(
             named["group_scale"] = padded
         if mode == "integer" and problem.group_size % PLANE_K == 0:
             named["group_words"] = pack_words(named["group_scale"], problem.group_size, 2, padded_features)
+        if not problem.activation_zero_point and reason_against_groups(problem) is None:
+            words = pack_lane_scales(
+                group_scale, problem.group_size, problem.in_features, is_integer=mode == "integer"
+            )
+            named["lane_scales"] = pad_rows(words, problem.out_features + row_padding)
     return named

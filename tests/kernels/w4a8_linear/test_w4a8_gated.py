@@ -47,9 +47,10 @@ def test_wrong_inputs_are_refused(layer, inputs):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("out_dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("fields", [{}, {"group_size": 128, "integer": True}, {"group_size": 32}], ids=str)
 @pytest.mark.parametrize(("out_features", "in_features"), [(32, 256), (96, 1280), (600, 512), (27648, 5120)])
-def test_gpu_gives_the_bits_of_two_calls(out_features, in_features, out_dtype, layer, inputs):
-    made = layer(out_features, in_features, device="cuda")
+def test_gpu_gives_the_bits_of_two_calls(out_features, in_features, fields, out_dtype, layer, inputs):
+    made = layer(out_features, in_features, device="cuda", **fields)
     problem = dataclasses.replace(made.problem, **describe_device("cuda"))
     bias = torch.randn(out_features, device="cuda", dtype=torch.float16)
     for plan in (w4a8_linear.plan(problem, force="lanes"), w4a8_linear.plan(problem)):
