@@ -39,6 +39,8 @@ PARTS = {
 OTHER = "the rest"
 LABELS = {
     "quattuor_w4a8": "Quattuor W4A8",
+    "quattuor_w4a8_g128": "Quattuor W4A8, groups of 128",
+    "quattuor_w4a16": "Quattuor W4A16",
     "quattuor_w4a8_unfused": "Quattuor W4A8, not fused",
     "quattuor_w4a8_compiler": "Quattuor W4A8, fused by the compiler",
     "quattuor_w4a8_kv8": "Quattuor W4A8, fp8 KV cache",
@@ -102,7 +104,7 @@ def draw_seconds(rows: Sequence[Row], path: Path) -> None:
         for batch, panel in zip(batches, line, strict=True):
             shown = sorted(cases[shape, batch], key=lambda row: -row["end_to_end_s"])
             names = [LABELS[row["format"]] for row in shown]
-            colors = ["C0" if row["format"] == OURS else "0.6" for row in shown]
+            colors = ["C0" if row["format"].startswith("quattuor") else "0.6" for row in shown]
             panel.barh(names, [row["end_to_end_s"] for row in shown], color=colors)
             panel.barh(names, [row["prefill_s"] for row in shown], color="black", alpha=0.35)
             panel.set_title(f"{shape}, batch {batch}", fontsize=10)

@@ -90,9 +90,17 @@ class Format:
     environment: Mapping[str, str] = field(default_factory=dict)
 
 
-def _ours(num_blocks: int, group_size: int | None = None) -> Mapping[str, Any]:
-    """Return the configuration of a native checkpoint with 4-bit weights and 8-bit activations."""
-    if group_size is None:
+def _ours(num_blocks: int, group_size: int | None = None, activation_bits: int = 8) -> Mapping[str, Any]:
+    """Return the configuration of a native checkpoint with 4-bit weights."""
+    if activation_bits == 16:
+        assert group_size is not None
+        layout = LinearLayout(
+            number_format=Integer(4),
+            granularity=PerGroup(group_size),
+            activations=None,
+            parameters=(ParameterLayout(name="scale", dtype="float16", per_group=True),),
+        )
+    elif group_size is None:
         layout = LinearLayout(
             number_format=Integer(4),
             granularity=PerChannel(),
@@ -153,6 +161,7 @@ def _humming(_: int) -> Mapping[str, Any]:
 FORMATS: dict[str, Format] = {
     "quattuor_w4a8": Format(quantization=_ours),
     "quattuor_w4a8_g128": Format(quantization=lambda blocks: _ours(blocks, 128)),
+    "quattuor_w4a16": Format(quantization=lambda blocks: _ours(blocks, 128, activation_bits=16)),
     "quattuor_w4a8_kv8": Format(quantization=_ours, kv_cache_dtype="fp8", dtype="bfloat16"),
     "quattuor_w4a8_unfused": Format(quantization=_ours, environment={FUSE_VARIABLE: "0"}),
     "quattuor_w4a8_compiler": Format(quantization=_ours, environment={FUSE_VARIABLE: "compiler"}),

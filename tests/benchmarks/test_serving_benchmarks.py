@@ -17,9 +17,11 @@ from quattuor.checkpoints.layouts import read_layouts
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_ours_quantizes_every_linear_of_the_blocks(shape: str, tmp_path: Path) -> None:
-    config = model_config(shape, "quattuor_w4a8")
+@pytest.mark.parametrize("name", ["quattuor_w4a8", "quattuor_w4a8_g128", "quattuor_w4a16"])
+def test_ours_quantizes_every_linear_of_the_blocks(shape: str, name: str, tmp_path: Path) -> None:
+    config = model_config(shape, name)
     layouts = read_layouts(config)
+    assert all((layout.activations is None) is (name == "quattuor_w4a16") for layout in layouts.values())
     assert len(layouts) == 7 * config["num_hidden_layers"]
     (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
     assert AutoConfig.from_pretrained(tmp_path).num_hidden_layers == config["num_hidden_layers"]
