@@ -11,7 +11,7 @@ from torch import Tensor
 from quattuor.kernels.dispatch import Implementation, LinearProblem, TokenRange
 from quattuor.kernels.requirements import reason_against_triton
 from quattuor.kernels.w4a8_linear import measured
-from quattuor.kernels.w4a8_linear.lane_scales import reason_against_groups
+from quattuor.kernels.w4a8_linear.lane_scales import STEP_BLOCKS, reason_against_groups
 from quattuor.kernels.w4a8_linear.narrow import width_of
 from quattuor.kernels.w4a8_linear.planes import (
     BLOCK_K,
@@ -27,13 +27,18 @@ __all__ = ["MAX_TOKENS", "Lanes", "choose_lanes_tile"]
 
 #: Beyond, tensor cores add products of more tokens in the same time.
 MAX_TOKENS = 1
-#: Outputs from which programs of 16 rows are more than two for each multiprocessor of an H200.
-MANY_OUTPUTS = 4224
+#: Outputs beyond which programs of 8 rows are more than fit an H200 at once.
+MANY_OUTPUTS = 8448
+#: Steps over K from which more of them are loaded ahead, and up to which registers hold most of K.
+MANY_STEPS, FEW_STEPS = 10, 4
 
 
 def choose_lanes_tile(out_features: int, num_blocks: int) -> LanesTile:
     """Return the tile of a layer that was not measured, by its outputs and the blocks of its K."""
-    return LanesTile(rows=16 if out_features > MANY_OUTPUTS else 8, num_warps=4, ahead=min(4, -(-num_blocks // 4)))
+    steps = -(-num_blocks // STEP_BLOCKS)
+    if steps <= FEW_STEPS and out_features > MANY_OUTPUTS:
+        return LanesTile(rows=16, num_warps=4, ahead=min(2, steps))
+    return LanesTile(rows=8, num_warps=4, ahead=min(5 if steps >= MANY_STEPS else 3, steps))
 
 
 @functools.lru_cache(maxsize=4096)

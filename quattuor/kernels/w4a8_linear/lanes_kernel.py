@@ -152,7 +152,7 @@ def w4a8_lanes_kernel(
     x += token.to(tl.int64) * stride_xm
     x_words = x.to(tl.pointer_type(tl.int32), bitcast=True)
     of_x = tl.broadcast_to(block * 64 + lane % 32, (WARPS, 1, 128))
-    sums = tl.zeros((WARPS, ROWS // WARPS, 128 if MODE == CHANNEL else 32), dtype=tl.int32)
+    sums = tl.zeros((WARPS, ROWS // WARPS, 32), dtype=tl.int32)
     token_scale = tl.load(x_scale + token)
     for step in tl.static_range(STEPS):
         if step + AHEAD < STEPS:

@@ -3,11 +3,13 @@
 
 import pytest
 
+from benchmarks import record
 from benchmarks.kernels.tune_rule import costs
 from quattuor.kernels import w4a8_linear
 from quattuor.kernels.dispatch import LinearProblem
 from quattuor.kernels.w4a8_linear import measured
 from quattuor.kernels.w4a8_linear.hopper import choose_hopper_tile, make_schedule
+from quattuor.kernels.w4a8_linear.lanes import choose_lanes_tile
 from quattuor.kernels.w4a8_linear.planes import BLOCK_K, MAX_SPLIT_TILES, HopperTile, Tile, mode_of
 from quattuor.kernels.w4a8_linear.triton import choose_tile
 
@@ -33,6 +35,25 @@ def test_the_rule_costs_little_where_every_tile_was_timed():
     assert worst.over_fastest <= 1.06, worst
     assert sum(cost.over_fastest for cost in found) <= 1.02 * len(found)
     assert {cost.granularity for cost in found} == {"channel", "group128", "group128_float"}
+
+
+@pytest.mark.parametrize(("variant", "run"), [("channel_one_sum", 5), ("group128", 4)])
+def test_the_rule_for_one_token_costs_little_where_tiles_were_timed(variant, run):
+    layers = {}
+    for row in record.read("kernels_w4a8_one_token")["rows"]:
+        if (row["variant"], row["run"]) == (variant, run) and row["topic"].startswith("tiles_with"):
+            timed = row["latency_us"] + row["latency_with_quantization_us"]
+            layers.setdefault(row["layer"], {})[row["tile"]] = timed
+    over_fastest = []
+    for layer, timed in layers.items():
+        out_features, in_features = map(int, layer.split("x"))
+        tile = choose_lanes_tile(out_features, in_features // BLOCK_K)
+        latency = timed.get(f"lanes r{tile.rows} w{tile.num_warps} a{tile.ahead}")
+        if latency is not None:
+            over_fastest.append(latency / min(timed.values()))
+    assert len(over_fastest) >= 20
+    assert max(over_fastest) <= 1.15
+    assert sum(over_fastest) <= 1.05 * len(over_fastest)
 
 
 @pytest.mark.parametrize("fields", MODES)
