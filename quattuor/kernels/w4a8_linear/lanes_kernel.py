@@ -21,6 +21,7 @@ from quattuor.kernels.w4a8_linear.lanes_sums import (
     add_step,
     extend_scales,
     scales_of,
+    start_of_scales,
 )
 from quattuor.kernels.w4a8_linear.planes import LanesTile
 
@@ -130,14 +131,7 @@ def w4a8_lanes_kernel(
     STEPS: tl.constexpr = (NUM_BLOCKS + 3) // 4
     scales_start = lane_scales
     if MODE != CHANNEL:
-        of_lane = tl.arange(0, 32)[None, None, :]
-        part = of_lane // 8 * PARTS + of_lane % 8 // (8 // PARTS)
-        OF_ROW: tl.constexpr = 4 * PARTS * WORDS
-        if IS_GATED:
-            scales_start += (row * OF_ROW)[:, :, None] + part * WORDS
-        else:
-            scales_start += first.to(tl.int64) * OF_ROW
-            scales_start += ((row - first) * OF_ROW)[:, :, None] + part * WORDS
+        scales_start = start_of_scales(lane_scales, first, row, PARTS, WORDS, IS_GATED)
 
     # neither the weight nor its scales depend on the kernel before this one
     words = ()

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from quattuor.kernels.w4a8_linear.unpacking import HIGH_HALF, HIGH_UNCLAMPED, LOW_HALF, LOW_UNCLAMPED
 
-__all__ = ["CHANNEL", "INTEGER", "MODES", "add_step", "extend_scales", "scales_of"]
+__all__ = ["CHANNEL", "INTEGER", "MODES", "add_step", "extend_scales", "scales_of", "start_of_scales"]
 
 # How codes are scaled before the sum over a row.
 CHANNEL = tl.constexpr(0)  # not at all
@@ -77,6 +77,20 @@ def load_words(pointer, COUNT: tl.constexpr, ASM: tl.constexpr):
             pack=1,
         )
     return words
+
+
+@triton.jit
+def start_of_scales(lane_scales, first, row, PARTS: tl.constexpr, WORDS: tl.constexpr, IS_GATED: tl.constexpr):
+    """Where the scales of each row and lane begin; rows follow `first` closely unless some are gates."""
+    lane = tl.arange(0, 32)[None, None, :]
+    part = lane // 8 * PARTS + lane % 8 // (8 // PARTS)
+    OF_ROW: tl.constexpr = 4 * PARTS * WORDS
+    if IS_GATED:
+        start = lane_scales + ((row * OF_ROW)[:, :, None] + part * WORDS)
+    else:
+        # a base for all, so that what differs between rows is known to be small
+        start = lane_scales + first.to(tl.int64) * OF_ROW + (((row - first) * OF_ROW)[:, :, None] + part * WORDS)
+    return start
 
 
 @triton.jit
