@@ -27,7 +27,16 @@ from quattuor.kernels.dispatch import Operand, describe_device
 from quattuor.kernels.w4a16_linear import measured, triton_kernel
 from quattuor.kernels.w4a16_linear.digits import launch_digits
 from quattuor.kernels.w4a16_linear.lanes import launch_lanes
-from quattuor.kernels.w4a16_linear.planes import MIN_BYTES_PLANE, DigitTile, LaneTile, Layout, Tile, layout_of
+from quattuor.kernels.w4a16_linear.pairs import launch_pairs
+from quattuor.kernels.w4a16_linear.planes import (
+    MIN_BYTES_PLANE,
+    DigitTile,
+    LaneTile,
+    Layout,
+    PairTile,
+    Tile,
+    layout_of,
+)
 from quattuor.kernels.w4a16_linear.triton import FEW, LARGE
 
 __all__ = ["candidates", "main"]
@@ -37,7 +46,7 @@ TIMED = {1: 1, 2: 2, 4: 4, 8: 8, 16: 16, 32: 32, 64: 64, 128: 128, 256: 256}
 PROCESSORS = 132
 SHARED_BYTES = 227 * 1024
 
-AnyTile = Tile | DigitTile | LaneTile
+AnyTile = Tile | DigitTile | LaneTile | PairTile
 Found = list[tuple[float, AnyTile]]
 
 
@@ -47,6 +56,8 @@ def candidates(shape: tuple[int, int], max_tokens: int, kind: Uniform) -> Iterat
     num_tokens = TIMED[max_tokens]
     if max_tokens <= FEW and layout.plane_k >= MIN_BYTES_PLANE:
         yield from lane_tiles(shape, max_tokens)
+        if max_tokens == 1 and layout.pieces(kind.group_size) > 1:
+            yield from pair_tiles(shape, layout)
         if shape[0] * shape[1] >= LARGE:
             yield from digit_tiles(shape, layout, kind)
     for rows, tokens, num_warps, stages, per_processors in tile_sizes(max_tokens):
@@ -95,6 +106,15 @@ def lane_tiles(shape: tuple[int, int], max_tokens: int) -> Iterator[LaneTile]:
                 yield LaneTile(num_warps=num_warps, depth=depth, holds=holds, before=before, overlap=overlap)
 
 
+def pair_tiles(shape: tuple[int, int], layout: Layout) -> Iterator[PairTile]:
+    """Yield tiles of `pairs`, as those of `lanes`."""
+    for num_warps in (1, 2, 4, 8):
+        has_blocks = num_warps * layout.block_k <= shape[1]
+        if has_blocks and 6 <= -(-shape[0] // 16) * num_warps / PROCESSORS <= 64:
+            for is_early, overlap in itertools.product((False, True), ("own", "late")):
+                yield PairTile(num_warps=num_warps, is_early=is_early, overlap=overlap)
+
+
 def digit_tiles(shape: tuple[int, int], layout: Layout, kind: Uniform) -> Iterator[DigitTile]:
     """Yield tiles of `digits`; without groups no scales are loaded in the loop, by whatever way."""
     split = split_of(shape, layout, -(-shape[0] // 64), 4)
@@ -128,6 +148,8 @@ def launch(kind: Uniform, tile: AnyTile, batch: Batch, operand: Operand) -> torc
     options = {"layout": layout_of(problem_of(shape, kind)), "group_size": kind.group_size, "tile": tile}
     if isinstance(tile, LaneTile):
         launch_lanes(batch.x, *weight, None, out, **options)
+    elif isinstance(tile, PairTile):
+        launch_pairs(batch.x, *weight, None, out, **options)
     else:
         start = launch_digits if isinstance(tile, DigitTile) else triton_kernel.launch
         start(batch.x, *weight, tensors["arrivals"], None, out, **options)

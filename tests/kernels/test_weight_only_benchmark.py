@@ -12,7 +12,7 @@ from benchmarks.kernels import weight_only, weight_only_tune, weight_only_unifor
 from benchmarks.kernels.weight_only_uniform import Uniform
 from quattuor.kernels.dispatch import LinearProblem
 from quattuor.kernels.w4a16_linear import measured
-from quattuor.kernels.w4a16_linear.planes import DigitTile, LaneTile, Tile, layout_of
+from quattuor.kernels.w4a16_linear.planes import DigitTile, LaneTile, PairTile, Tile, layout_of
 
 
 @pytest.fixture
@@ -44,7 +44,7 @@ def test_candidates_fit_the_device(bits):
         for tile in tiles:
             num_blocks = -(-4096 // layout.block_k)
             assert isinstance(tile, Tile) or max_tokens <= 2
-            assert (tile.num_warps if isinstance(tile, LaneTile) else tile.split) <= num_blocks
+            assert (tile.num_warps if isinstance(tile, LaneTile | PairTile) else tile.split) <= num_blocks
 
 
 def test_jobs_compile_each_kernel_once(hopper):
@@ -74,8 +74,8 @@ def test_measured_tiles_are_found_by_layer_and_token_count():
         assert tile is not None
         assert dataclasses.asdict(tile) == row["tile"]
         assert measured.find(problem, 1 << 20) is None
-        if isinstance(tile, LaneTile):
-            assert row["max_tokens"] <= 2
+        if isinstance(tile, LaneTile | PairTile):
+            assert row["max_tokens"] <= (1 if isinstance(tile, PairTile) else 2)
             continue
         assert tile.tokens <= max(16, row["max_tokens"])
         layout = layout_of(problem)

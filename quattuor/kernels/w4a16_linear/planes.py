@@ -20,6 +20,7 @@ __all__ = [
     "DigitTile",
     "LaneTile",
     "Layout",
+    "PairTile",
     "Tile",
     "layout_of",
     "pack",
@@ -90,6 +91,19 @@ class LaneTile:
     depth: int
     holds: bool
     before: int
+    overlap: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PairTile:
+    """The work of one program of `pairs`: 16 rows, whose blocks of K `num_warps` take in turn.
+
+    A warp loads the next block before it multiplies this one if `is_early`, else after. `overlap` is as in
+    `DigitTile`.
+    """
+
+    num_warps: int
+    is_early: bool
     overlap: str
 
 

@@ -19,6 +19,7 @@ from quattuor.kernels.w4a16_linear.planes import (
     DigitTile,
     LaneTile,
     Layout,
+    PairTile,
     Tile,
     layout_of,
     prepare_tensors,
@@ -85,15 +86,18 @@ def choose_lane_tile(out_features: int, num_blocks: int, num_processors: int) ->
 
 
 def choose_bytes_tile(
-    problem: LinearProblem, layout: Layout, num_blocks: int, num_processors: int
-) -> DigitTile | LaneTile:
+    problem: LinearProblem, layout: Layout, num_blocks: int, num_processors: int, num_tokens: int
+) -> DigitTile | LaneTile | PairTile:
     """Return the tile of one or two tokens, for compute capability 9.0; what most measured layers chose.
 
-    On large layers `digits` is ahead but for 3 bits, whose planes of 32 elements are short for its copies.
+    On large layers `pairs` is ahead for one token with groups, else `digits`, but for 3 bits, whose planes of 32
+    elements are short for its copies.
     """
     out_features = problem.out_features
     if layout.bits == 3 or out_features * problem.in_features < LARGE:
         return choose_lane_tile(out_features, num_blocks, num_processors)
+    if num_tokens == 1 and layout.pieces(problem.group_size) > 1 and not problem.zero_point:
+        return PairTile(num_warps=2, is_early=False, overlap="late")
     split = max(1, min(num_processors * 4 // -(-out_features // 64), num_blocks // 2))
     sizes = {"rows": 64, "tokens": FEW, "split": split, "num_warps": 2, "num_stages": 4}
     return DigitTile(**sizes, overlap="own", before=0, is_direct=False)
@@ -119,16 +123,16 @@ def takes_bytes(problem: LinearProblem, num_tokens: int, element_size: int, has_
 @functools.lru_cache(maxsize=4096)
 def tile_for(
     problem: LinearProblem, num_tokens: int, element_size: int, device: torch.device
-) -> Tile | DigitTile | LaneTile:
+) -> Tile | DigitTile | LaneTile | PairTile:
     """Return the measured tile of a layer, or the one that the rule gives."""
     tile = measured.find(problem, num_tokens)
-    if isinstance(tile, DigitTile | LaneTile) or (tile is not None and element_size == 2):
+    if isinstance(tile, DigitTile | LaneTile | PairTile) or (tile is not None and element_size == 2):
         return tile
     layout = layout_of(problem)
     num_blocks = -(-problem.in_features // layout.block_k)
     num_processors, has_warpgroups = processors(device)
     if takes_bytes(problem, num_tokens, element_size, has_warpgroups):
-        return choose_bytes_tile(problem, layout, num_blocks, num_processors)
+        return choose_bytes_tile(problem, layout, num_blocks, num_processors, num_tokens)
     return choose_tile(
         num_tokens, problem.out_features, layout, num_blocks, num_processors, has_warpgroups, element_size
     )
@@ -177,6 +181,7 @@ class Triton(Implementation):
         from quattuor.kernels.w4a16_linear.decode_kernel import launch_decode
         from quattuor.kernels.w4a16_linear.digits import launch_digits
         from quattuor.kernels.w4a16_linear.lanes import launch_lanes
+        from quattuor.kernels.w4a16_linear.pairs import launch_pairs
         from quattuor.kernels.w4a16_linear.triton_kernel import launch as launch_tiles
 
         (x,) = inputs
@@ -197,6 +202,8 @@ class Triton(Implementation):
             tile = tile_for(problem, num_tokens, x.element_size(), x.device)
             if isinstance(tile, LaneTile):
                 launch_lanes(x, *weight, bias, out, tile=tile, **kind)
+            elif isinstance(tile, PairTile):
+                launch_pairs(x, *weight, bias, out, tile=tile, **kind)
             elif isinstance(tile, DigitTile):
                 launch_digits(x, *weight, operand["arrivals"], bias, out, tile=tile, **kind)
             else:

@@ -20,7 +20,7 @@ from quattuor.kernels import w4a16_linear
 from quattuor.kernels.w4a16_linear import measured
 from quattuor.kernels.w4a16_linear.digits import launch_digits
 from quattuor.kernels.w4a16_linear.digits.product_kernel import product_kernel
-from quattuor.kernels.w4a16_linear.planes import DigitTile, LaneTile, Tile, layout_of
+from quattuor.kernels.w4a16_linear.planes import DigitTile, LaneTile, PairTile, Tile, layout_of
 
 
 def test_interpreted_kernels_are_close_to_float64():
@@ -105,7 +105,8 @@ def test_measured_layers_take_the_tile_that_was_faster():
     # with zero points, that of the layer without where it was not measured
     assert measured.find(replace(layer, zero_point=True), 2) == measured.find(layer, 2)
     layer = replace(layer, weight_bits=4)
-    assert isinstance(measured.find(layer, 1), DigitTile)
+    assert isinstance(measured.find(layer, 1), PairTile)
+    assert isinstance(measured.find(layer, 2), DigitTile)
     assert measured.find(replace(layer, zero_point=True), 1) != measured.find(layer, 1)
 
 

@@ -20,7 +20,7 @@ from quattuor.kernels.w4a16_linear.lanes import launch_lanes
 from quattuor.kernels.w4a16_linear.lanes.fields import FACTOR_BITS, INTEGER_BITS, num_terms
 from quattuor.kernels.w4a16_linear.lanes.integers_kernel import MAX_SEARCH, integers_kernel, num_pairs
 from quattuor.kernels.w4a16_linear.lanes.product_kernel import product_kernel
-from quattuor.kernels.w4a16_linear.planes import DigitTile, LaneTile, Layout, layout_of
+from quattuor.kernels.w4a16_linear.planes import DigitTile, LaneTile, Layout, PairTile, layout_of
 from quattuor.kernels.w4a16_linear.triton import choose_bytes_tile, choose_lane_tile, takes_bytes
 
 
@@ -173,16 +173,20 @@ def test_small_layers_share_blocks_between_more_warps():
 
 
 @pytest.mark.parametrize(
-    ("bits", "size", "kind"), [(4, 28672, DigitTile), (3, 28672, LaneTile), (4, 4096, LaneTile)]
+    ("bits", "size", "num_tokens", "kind"),
+    [(4, 28672, 2, DigitTile), (4, 28672, 1, PairTile), (3, 28672, 1, LaneTile), (4, 4096, 1, LaneTile)],
 )
-def test_the_kernel_of_a_layer_that_was_not_measured(bits, size, kind):
+def test_the_kernel_of_a_layer_that_was_not_measured(bits, size, num_tokens, kind):
     layer = replace(problem(bits, 128), out_features=size)
     layout = layout_of(layer)
-    tile = choose_bytes_tile(layer, layout, 8192 // layout.block_k, 132)
+    tile = choose_bytes_tile(layer, layout, 8192 // layout.block_k, 132, num_tokens)
     assert isinstance(tile, kind)
-    assert kind is LaneTile or tile.split == 1
+    assert kind is not DigitTile or tile.split == 1
     # programs of a single warp, and those of digits, let the next kernel wait
-    assert tile.overlap == ("late" if size == 4096 else "own")
+    assert tile.overlap == ("late" if size == 4096 or kind is PairTile else "own")
+    # pairs need groups
+    whole = replace(layer, group_size=None)
+    assert not isinstance(choose_bytes_tile(whole, layout_of(whole), 32, 132, num_tokens), PairTile)
 
 
 @pytest.mark.gpu

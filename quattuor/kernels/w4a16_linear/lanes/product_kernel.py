@@ -21,6 +21,7 @@ from quattuor.kernels.w4a16_linear.lanes.integers_kernel import integers_of, num
 from quattuor.kernels.w4a16_linear.lanes.operands import add_term, apart, load_block, load_pair
 from quattuor.kernels.w4a16_linear.lanes.sums import (
     MAGIC_BITS,
+    MAGIC_K,
     add_middles,
     add_pairs,
     add_piece,
@@ -34,9 +35,6 @@ from quattuor.kernels.w4a16_linear.overlap import EARLY, LATE, NONE, OVERLAPS
 from quattuor.kernels.w4a16_linear.planes import TILE_ROWS, LaneTile, Layout
 
 __all__ = ["launch_lanes", "product_kernel"]
-
-#: Most elements of K whose sum is certainly below 2^22.
-MAGIC_K = tl.constexpr(128)
 
 
 @triton.jit

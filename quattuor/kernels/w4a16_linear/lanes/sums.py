@@ -8,7 +8,9 @@ from quattuor.kernels.lut_linear.lanes.instructions import load_two_words
 from quattuor.kernels.w4a16_linear.decode_kernel import OFFSET
 
 __all__ = [
+    "MAGIC",
     "MAGIC_BITS",
+    "MAGIC_K",
     "add_middles",
     "add_pairs",
     "add_piece",
@@ -22,6 +24,8 @@ __all__ = [
 #: 1.5 * 2^23: a float32 whose bits are an integer that sums below 2^22 can be added to.
 MAGIC = tl.constexpr(12582912.0)
 MAGIC_BITS = tl.constexpr(0x4B400000)
+#: Most elements of K whose sum is certainly below 2^22.
+MAGIC_K = tl.constexpr(128)
 
 
 @triton.jit
