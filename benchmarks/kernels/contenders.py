@@ -91,7 +91,7 @@ def ours_w4a16(weight: Tensor, group_size: int) -> Iterator[Contender]:
         activation_bits=16,
         **describe_device("cuda"),
     )
-    plan = w4a16_linear.plan(problem, force="triton")
+    plan = w4a16_linear.plan(problem)
     exact_plan = w4a16_linear.plan(problem, force="reference")
     groups = weight.float().view(out_features, -1, group_size)
     scale = (groups.abs().amax(dim=2) / 7).half()

@@ -57,7 +57,7 @@ def integer_layer(num_tokens: int, bits: int, group_size: int | None, force: str
     return lambda: plan.linear(*token_quantize.token_quantize(x), operand)
 
 
-def float_layer(num_tokens: int, group_size: int) -> Call:
+def float_layer(num_tokens: int, group_size: int, force: str) -> Call:
     """Return the first call of a layer with float16 activations."""
     problem = LinearProblem(
         out_features=OUT_FEATURES,
@@ -67,8 +67,8 @@ def float_layer(num_tokens: int, group_size: int) -> Call:
         **describe_device("cuda"),
     )
     codes = torch.randint(-8, 8, (OUT_FEATURES, IN_FEATURES), dtype=torch.int8, device="cuda")
-    plan = w4a16_linear.plan(problem, force="triton")
-    operand = plan.prepare(codes, torch.rand(OUT_FEATURES, problem.num_groups, device="cuda"))
+    plan = w4a16_linear.plan(problem, force=force)
+    operand = plan.prepare(codes, torch.rand(OUT_FEATURES, problem.num_groups, device="cuda").half())
     x = torch.randn(num_tokens, IN_FEATURES, dtype=torch.float16, device="cuda")
     return lambda: plan.linear(x, operand)
 
@@ -102,8 +102,10 @@ CASES: dict[str, Callable[[], Call]] = {
     "w4a8_triton_3_bits_1_token": partial(integer_layer, 1, 3, None, "triton"),
     "w8a8_triton_1_token": partial(integer_layer, 1, 8, None, "triton"),
     "w8a8_triton_1024_tokens": partial(integer_layer, 1024, 8, None, "triton"),
-    "w4a16_triton_group128_1_token": partial(float_layer, 1, 128),
-    "w4a16_triton_group128_1024_tokens": partial(float_layer, 1024, 128),
+    "w4a16_triton_group128_1_token": partial(float_layer, 1, 128, "triton"),
+    "w4a16_triton_group128_1024_tokens": partial(float_layer, 1024, 128, "triton"),
+    "w4a16_gluon_group128_128_tokens": partial(float_layer, 128, 128, "gluon"),
+    "w4a16_gluon_group128_1024_tokens": partial(float_layer, 1024, 128, "gluon"),
     "lut_lanes_1_token": partial(table_layer, 1),
 }
 

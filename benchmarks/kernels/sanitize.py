@@ -88,9 +88,17 @@ def assert_close(found: torch.Tensor, expected: torch.Tensor, case: object) -> N
     assert error < 2e-3, f"{case}: relative error {error:.4f}"
 
 
-def float_products(dtype: torch.dtype, token_counts: tuple[int, ...]) -> None:
-    """Compare W4A16 layers with the reference; activations of 4 bytes take the kernels for few tokens."""
-    for bits, group_size, has_zero_point in ((4, 128, True), (4, 32, False), (3, 64, False), (8, None, True)):
+FLOAT_FORMATS = ((4, 128, True), (4, 32, False), (3, 64, False), (8, None, True))
+
+
+def float_products(
+    dtype: torch.dtype, token_counts: tuple[int, ...], implementation: str = "triton", formats=FLOAT_FORMATS
+) -> None:
+    """Compare W4A16 layers with the reference; activations of 4 bytes take the kernels for few tokens.
+
+    A format is its bits, its group size and whether it has zero points, real ones for triton.
+    """
+    for bits, group_size, has_zero_point in formats:
         problem = LinearProblem(
             out_features=OUT_FEATURES,
             in_features=IN_FEATURES,
@@ -103,8 +111,10 @@ def float_products(dtype: torch.dtype, token_counts: tuple[int, ...]) -> None:
         codes = codes if has_zero_point else (codes.int() - 2 ** (bits - 1)).to(torch.int8)
         scale = torch.randn(OUT_FEATURES, problem.num_groups)
         zero_point = torch.rand(OUT_FEATURES, problem.num_groups) * 2**bits if has_zero_point else None
+        if has_zero_point and implementation == "gluon":
+            zero_point = zero_point.floor()
         exact = w4a16_linear.plan(problem, force="reference")
-        plan = w4a16_linear.plan(replace(problem, **describe_device("cuda")), force="triton")
+        plan = w4a16_linear.plan(replace(problem, **describe_device("cuda")), force=implementation)
         exact_operand = exact.prepare(codes, scale, zero_point)
         operand = plan.prepare(*(None if t is None else t.cuda() for t in (codes, scale, zero_point)))
         for num_tokens in token_counts:
@@ -205,6 +215,13 @@ CASES: dict[str, Callable[[], None]] = {
     "w8a8_triton": partial(integer_products, "triton", ((8, None, False),)),
     "w8a8_triton_zero_point": partial(integer_products, "triton", ((8, None, False), (4, 128, True)), True),
     "w4a16_triton": partial(float_products, torch.float16, (3, 40, 130)),
+    "w4a16_gluon": partial(
+        float_products,
+        torch.float16,
+        (3, 40, 130, 600),
+        "gluon",
+        ((4, 128, True), (4, 32, False), (8, None, True)),
+    ),
     "w4a16_few_tokens": partial(float_products, torch.float32, (1, 2, 3)),
     "lut_lanes": table_products,
     "token_quantize_triton": quantizations,

@@ -126,7 +126,7 @@ def layers_of(shape: tuple[int, int], kind: Uniform) -> tuple[Tensor, list[Opera
 def uniform(shape: tuple[int, int], kinds: Sequence[Uniform] = FORMATS) -> Iterator[Packed]:
     """Prepare Quattuor's layers of each format."""
     for kind in kinds:
-        plan = w4a16_linear.plan(problem_of(shape, kind), force="triton")
+        plan = w4a16_linear.plan(problem_of(shape, kind))
         decoded, layers = layers_of(shape, kind)
 
         def run(batch: Batch, i: int, plan=plan, layers=layers) -> Tensor:

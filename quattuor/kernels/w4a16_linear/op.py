@@ -22,6 +22,7 @@ from quattuor.kernels.dispatch import (
 )
 from quattuor.kernels.layer import check_call, prepare_layouts, select
 from quattuor.kernels.w4a16_linear.float32 import Float32
+from quattuor.kernels.w4a16_linear.gluon import Gluon
 from quattuor.kernels.w4a16_linear.reference import Reference
 from quattuor.kernels.w4a16_linear.triton import Triton
 
@@ -30,7 +31,7 @@ __all__ = ["IMPLEMENTATIONS", "Plan", "plan"]
 PLACE = "w4a16_linear"
 
 #: Fastest first; the reference supports every legal problem.
-IMPLEMENTATIONS: tuple[Implementation, ...] = (Triton(), Float32(), Reference())
+IMPLEMENTATIONS: tuple[Implementation, ...] = (Gluon(), Triton(), Float32(), Reference())
 BY_NAME = {implementation.name: implementation for implementation in IMPLEMENTATIONS}
 
 ZERO_POINT_DTYPES = (torch.int8, torch.uint8, torch.int32, torch.float16, torch.float32)

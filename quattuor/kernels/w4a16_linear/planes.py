@@ -193,7 +193,7 @@ def prepare_tensors(
     """Return the padded tensors of the kernels.
 
     packed      the words of `pack`; a signed code is stored plus 2^(bits stored - 1), padding decodes to zero
-    scale       [G', N'], float16 where that holds every scale exactly, else float32
+    scale       [G', N'], float16 where that holds every scale exactly, else float32; padded with 1
     zero_point  uint8 [G', N'], in the frame of the stored codes, where all are integers from 0 to 255
     offset      float32 [G', N'], less 2^(bits stored - 1), where they are not
     arrivals    int32 zeros: counters of programs that share a tile, zero again after every launch
@@ -213,7 +213,7 @@ def prepare_tensors(
     exact = half if torch.equal(half.float(), scale.float()) else scale.float()
     named = {
         "packed": pack(stored, layout),
-        "scale": pad(exact.T, padding).contiguous(),
+        "scale": pad(exact.T, padding, value=1).contiguous(),
         "arrivals": torch.zeros(MAX_SPLIT_TILES, dtype=torch.int32, device=codes.device),
     }
     if zero_point is not None or codes.dtype == torch.uint8:
