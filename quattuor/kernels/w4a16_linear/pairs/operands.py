@@ -7,8 +7,9 @@ import triton.language as tl
 from quattuor.kernels.lut_linear.lanes.instructions import HELD, load_words, permute
 from quattuor.kernels.w4a16_linear.lanes.operands import multiply
 from quattuor.kernels.w4a16_linear.pairs.fields import both_mask, byte_mask, byte_of, expands, has_part, word_of
+from quattuor.kernels.w4a16_linear.pairs.sums import load_groups
 
-__all__ = ["add_slot", "load_block"]
+__all__ = ["add_slot", "load_ahead"]
 
 
 @triton.jit
@@ -20,6 +21,34 @@ def load_block(start, WORDS: tl.constexpr, PLANE_K: tl.constexpr, ASM: tl.conste
             for r in tl.static_range(2):
                 found += load_words(start + word * (64 * PLANE_K) + r * (PLANE_K // 2) + half * 16, HELD, ASM)
     return found
+
+
+@triton.jit
+def load_ahead(
+    weight,
+    scale,
+    zero_point,
+    piece,
+    block,
+    NUM_BLOCKS,
+    N_PADDED,
+    WORDS: tl.constexpr,
+    PLANE_K: tl.constexpr,
+    PIECES: tl.constexpr,
+    STRIDE: tl.constexpr,
+    PIECE_K: tl.constexpr,
+    GROUP_SIZE: tl.constexpr,
+    HAS_ZERO: tl.constexpr,
+    ASM: tl.constexpr,
+):
+    """The words of a block, its scales and its zero points."""
+    block = tl.minimum(block, NUM_BLOCKS - 1)
+    words = load_block(weight + block * (WORDS * 64 * PLANE_K), WORDS, PLANE_K, ASM)
+    scales = load_groups(scale, piece, block, N_PADDED, PIECES, STRIDE, PIECE_K, GROUP_SIZE)
+    zeros = ()
+    if HAS_ZERO:
+        zeros = load_groups(zero_point, piece, block, N_PADDED, PIECES, STRIDE, PIECE_K, GROUP_SIZE)
+    return words, scales, zeros
 
 
 @triton.jit

@@ -19,45 +19,11 @@ from quattuor.kernels.w4a16_linear.lanes.operands import apart
 from quattuor.kernels.w4a16_linear.overlap import EARLY, LATE, NONE, OVERLAPS
 from quattuor.kernels.w4a16_linear.pairs.fields import expands, first_slot
 from quattuor.kernels.w4a16_linear.pairs.integers_kernel import integers_of, is_magic, num_steps
-from quattuor.kernels.w4a16_linear.pairs.operands import add_slot, load_block
-from quattuor.kernels.w4a16_linear.pairs.sums import (
-    add_scaled,
-    load_groups,
-    of_rows,
-    rests_of,
-    scales_of,
-)
+from quattuor.kernels.w4a16_linear.pairs.operands import add_slot, load_ahead
+from quattuor.kernels.w4a16_linear.pairs.sums import add_scaled, of_rows, rests_of, scales_of
 from quattuor.kernels.w4a16_linear.planes import TILE_ROWS, Layout, PairTile
 
 __all__ = ["launch_pairs", "product_kernel"]
-
-
-@triton.jit
-def load_ahead(
-    weight,
-    scale,
-    zero_point,
-    piece,
-    block,
-    NUM_BLOCKS,
-    N_PADDED,
-    WORDS: tl.constexpr,
-    PLANE_K: tl.constexpr,
-    PIECES: tl.constexpr,
-    STRIDE: tl.constexpr,
-    PIECE_K: tl.constexpr,
-    GROUP_SIZE: tl.constexpr,
-    HAS_ZERO: tl.constexpr,
-    ASM: tl.constexpr,
-):
-    """The words of a block, its scales and its zero points."""
-    block = tl.minimum(block, NUM_BLOCKS - 1)
-    words = load_block(weight + block * (WORDS * 64 * PLANE_K), WORDS, PLANE_K, ASM)
-    scales = load_groups(scale, piece, block, N_PADDED, PIECES, STRIDE, PIECE_K, GROUP_SIZE)
-    zeros = ()
-    if HAS_ZERO:
-        zeros = load_groups(zero_point, piece, block, N_PADDED, PIECES, STRIDE, PIECE_K, GROUP_SIZE)
-    return words, scales, zeros
 
 
 @triton.jit
