@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from quattuor.kernels.dispatch import Implementation, LinearProblem, TokenRange
+from quattuor.kernels.requirements import reason_against_triton
 from quattuor.kernels.w4a8_linear.hopper import make_schedule
 from quattuor.kernels.w4a8_linear.triton import processors
 from quattuor.kernels.w4a16_linear.hopper import choose_hopper_tile
@@ -37,8 +38,9 @@ class Gluon(Implementation):
     stored_bits = STORED_BITS
 
     def supports(self, problem: LinearProblem) -> str | None:
-        if problem.device_type != "cuda":
-            return f"runs on CUDA devices, not on {problem.device_type}"
+        reason = reason_against_triton(problem)
+        if reason is not None:
+            return reason
         if problem.compute_capability is None or problem.compute_capability[0] != 9:
             return f"needs warpgroup instructions (compute capability 9.0), not {problem.compute_capability}"
         if importlib.util.find_spec("triton.experimental.gluon") is None:

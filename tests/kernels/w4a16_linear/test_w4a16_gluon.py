@@ -175,7 +175,7 @@ def test_the_rule_for_tiles():
 def test_refusals_have_reasons():
     base = problem_of()
     for change, words in (
-        ({"compute_capability": (8, 0)}, "warpgroup instructions"),
+        ({"compute_capability": (8, 6)}, "warpgroup instructions"),
         ({"compute_capability": (10, 0)}, "warpgroup instructions"),
         ({"weight_bits": 3}, "3 bits lie in three"),
         ({"in_features": 8190}, "multiple of 8"),
