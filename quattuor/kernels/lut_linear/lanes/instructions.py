@@ -30,6 +30,15 @@ ONCE = tl.constexpr("ld.global.nc.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];
 #: As those of `ONCE`, but `hold` holds them, which it does not hold loads of memory that is constant.
 HELD = tl.constexpr("ld.global.L1::no_allocate.v4.b32 {$0, $1, $2, $3}, [$4];")
 SHARED = tl.constexpr("ld.global.v4.b32 {$0, $1, $2, $3}, [$4];")
+#: Products of bytes with signed ones, in the lanes of `multiply`.
+SIGNED = tl.constexpr(
+    "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
+    "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+)
+UNSIGNED = tl.constexpr(
+    "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
+    "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};"
+)
 
 
 @triton.jit
@@ -101,25 +110,30 @@ def from_lane(word, PLACE: tl.constexpr, ASM: tl.constexpr):
 
 
 @triton.jit
-def signed_bytes(word):
+def bytes_of(word, IS_SIGNED: tl.constexpr):
     """The four bytes of each word, [lanes, 4]."""
-    return (word[:, None] << (24 - 8 * tl.arange(0, 4))[None, :]) >> 24
+    found = (word[:, None] << (24 - 8 * tl.arange(0, 4))[None, :]) >> 24
+    if not IS_SIGNED:
+        found = found & 255
+    return found
 
 
 @triton.jit
-def row_products(first, second, b0, b1, WARPS: tl.constexpr):
+def row_products(first, second, b0, b1, IS_SIGNED: tl.constexpr, WARPS: tl.constexpr):
     """Two neighbouring columns of eight rows of a product, for each lane."""
-    a_low = tl.reshape(signed_bytes(first), (WARPS, 8, 1, 16))
-    a_high = tl.reshape(signed_bytes(second), (WARPS, 8, 1, 16))
-    b_low = tl.reshape(signed_bytes(b0), (WARPS, 1, 8, 16))
-    b_high = tl.reshape(signed_bytes(b1), (WARPS, 1, 8, 16))
+    a_low = tl.reshape(bytes_of(first, IS_SIGNED), (WARPS, 8, 1, 16))
+    a_high = tl.reshape(bytes_of(second, IS_SIGNED), (WARPS, 8, 1, 16))
+    b_low = tl.reshape(bytes_of(b0, True), (WARPS, 1, 8, 16))
+    b_high = tl.reshape(bytes_of(b1, True), (WARPS, 1, 8, 16))
     total = tl.sum(a_low * b_low + a_high * b_high, axis=3)
     return tl.split(tl.reshape(total, (WARPS * 32, 2)))
 
 
 @triton.jit
-def multiply(a0, a1, a2, a3, b0, b1, c, ASM: tl.constexpr):
-    """c + A [16, 32] @ B [32, 8] for each warp, signed bytes and 32-bit sums, in the lanes of `mma.m16n8k32`.
+def multiply(a0, a1, a2, a3, b0, b1, c, IS_SIGNED: tl.constexpr, ASM: tl.constexpr):
+    """c + A [16, 32] @ B [32, 8] for each warp, bytes and 32-bit sums, in the lanes of `mma.m16n8k32`.
+
+    The bytes of B are signed, and those of A if IS_SIGNED.
 
     Lane 4 g + t holds bytes of A at rows g (a0, a2) and g + 8 (a1, a3) and places 4 t .. + 3 (a0, a1) and
     16 + 4 t .. + 3 (a2, a3), of B at these places and column g, of C at rows g and g + 8, columns 2 t and 2 t + 1.
@@ -127,8 +141,7 @@ def multiply(a0, a1, a2, a3, b0, b1, c, ASM: tl.constexpr):
     c0, c1, c2, c3 = c
     if ASM:
         result = tl.inline_asm_elementwise(
-            "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 "
-            "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
+            SIGNED if IS_SIGNED else UNSIGNED,
             "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r",
             [a0, a1, a2, a3, b0, b1, c0, c1, c2, c3],
             dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
@@ -136,8 +149,8 @@ def multiply(a0, a1, a2, a3, b0, b1, c, ASM: tl.constexpr):
             pack=1,
         )
     else:
-        s0, s1 = row_products(a0, a2, b0, b1, a0.shape[0] // 32)
-        s2, s3 = row_products(a1, a3, b0, b1, a0.shape[0] // 32)
+        s0, s1 = row_products(a0, a2, b0, b1, IS_SIGNED, a0.shape[0] // 32)
+        s2, s3 = row_products(a1, a3, b0, b1, IS_SIGNED, a0.shape[0] // 32)
         result = c0 + s0, c1 + s1, c2 + s2, c3 + s3
     return result
 

@@ -66,6 +66,7 @@ def add_planes_step(sums, words, token, STEP: tl.constexpr, BITS: tl.constexpr, 
             token[2 * STEP],
             token[2 * STEP + 1],
             sums[plane],
+            True,
             ASM,
         )
         result += (part,)
@@ -97,6 +98,7 @@ def add_entries_step(sums, words, table, token, STEP: tl.constexpr, BITS: tl.con
             b0,
             b1,
             sums[byte],
+            True,
             ASM,
         )
         if BITS == 4:
@@ -108,6 +110,7 @@ def add_entries_step(sums, words, table, token, STEP: tl.constexpr, BITS: tl.con
                 b0,
                 b1,
                 total,
+                True,
                 ASM,
             )
         result += (total,)

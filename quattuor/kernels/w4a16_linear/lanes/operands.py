@@ -4,46 +4,13 @@
 import triton
 import triton.language as tl
 
-from quattuor.kernels.lut_linear.lanes.instructions import HELD, ONCE, SHARED, load_words, permute
+from quattuor.kernels.lut_linear.lanes.instructions import HELD, ONCE, SHARED, load_words, multiply, permute
 from quattuor.kernels.w4a16_linear.lanes.fields import first_part, is_high, mask_of, part_word
 
-__all__ = ["add_term", "apart", "load_block", "load_pair", "multiply"]
+__all__ = ["add_term", "apart", "load_block", "load_pair"]
 
 #: Registers with even and odd bytes of eight words.
 LOW_BYTES, HIGH_BYTES = tl.constexpr(0x6420), tl.constexpr(0x7531)
-
-
-@triton.jit
-def unsigned_products(first, second, b0, b1, WARPS: tl.constexpr):
-    """Two neighbouring columns of eight rows of a product, for each lane."""
-    low = (first[:, None] >> (8 * tl.arange(0, 4))[None, :]) & 255
-    high = (second[:, None] >> (8 * tl.arange(0, 4))[None, :]) & 255
-    left = (b0[:, None] << (24 - 8 * tl.arange(0, 4))[None, :]) >> 24
-    right = (b1[:, None] << (24 - 8 * tl.arange(0, 4))[None, :]) >> 24
-    total = tl.reshape(low, (WARPS, 8, 1, 16)) * tl.reshape(left, (WARPS, 1, 8, 16))
-    total += tl.reshape(high, (WARPS, 8, 1, 16)) * tl.reshape(right, (WARPS, 1, 8, 16))
-    return tl.split(tl.reshape(tl.sum(total, axis=3), (WARPS * 32, 2)))
-
-
-@triton.jit
-def multiply(a0, a1, a2, a3, b0, b1, c, ASM: tl.constexpr):
-    """c + A [16, 32] @ B [32, 8] for each warp, A unsigned and B signed bytes, lanes as in `mma.m16n8k32`."""
-    c0, c1, c2, c3 = c
-    if ASM:
-        result = tl.inline_asm_elementwise(
-            "mma.sync.aligned.m16n8k32.row.col.s32.u8.s8.s32 "
-            "{$0, $1, $2, $3}, {$4, $5, $6, $7}, {$8, $9}, {$10, $11, $12, $13};",
-            "=r,=r,=r,=r,r,r,r,r,r,r,r,r,r,r",
-            [a0, a1, a2, a3, b0, b1, c0, c1, c2, c3],
-            dtype=(tl.int32, tl.int32, tl.int32, tl.int32),
-            is_pure=False,
-            pack=1,
-        )
-    else:
-        s0, s1 = unsigned_products(a0, a2, b0, b1, a0.shape[0] // 32)
-        s2, s3 = unsigned_products(a1, a3, b0, b1, a0.shape[0] // 32)
-        result = c0 + s0, c1 + s1, c2 + s2, c3 + s3
-    return result
 
 
 @triton.jit
@@ -113,5 +80,5 @@ def add_term(
     for tile in tl.static_range(TILES):
         b0 = pair[4 * tile + TERM % 2 * 2]
         b1 = pair[4 * tile + TERM % 2 * 2 + 1]
-        result += (multiply(a0, a1, a2, a3, b0, b1, integers[tile], ASM),)
+        result += (multiply(a0, a1, a2, a3, b0, b1, integers[tile], False, ASM),)
     return result, pair

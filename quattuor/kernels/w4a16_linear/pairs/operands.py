@@ -4,8 +4,7 @@
 import triton
 import triton.language as tl
 
-from quattuor.kernels.lut_linear.lanes.instructions import HELD, load_words, permute
-from quattuor.kernels.w4a16_linear.lanes.operands import multiply
+from quattuor.kernels.lut_linear.lanes.instructions import HELD, load_words, multiply, permute
 from quattuor.kernels.w4a16_linear.pairs.fields import both_mask, byte_mask, byte_of, expands, has_part, word_of
 from quattuor.kernels.w4a16_linear.pairs.sums import load_groups
 
@@ -105,5 +104,5 @@ def add_slot(
         else:
             b0 = operands[2 * two]
             b1 = operands[2 * two + 1]
-        integers = multiply(a0, a1, a2, a3, b0, b1, integers, ASM)
+        integers = multiply(a0, a1, a2, a3, b0, b1, integers, False, ASM)
     return integers
