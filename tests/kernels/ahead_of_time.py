@@ -70,3 +70,21 @@ def compile_kernel(kernel, signature, constexprs, *, capability, divisible=(), *
         {(index[name],): [["tt.divisibility", 16]] for name in divisible},
     )
     return read_binary(triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options))
+
+
+def product_loops(binary, opcode):
+    """Return the machine code of the product loop of each consumer: from its barrier wait to its release.
+
+    Args:
+        binary: A kernel with two consumers.
+        opcode: Of its warpgroup products.
+    """
+    lines = binary.sass.splitlines()
+    products = [i for i, line in enumerate(lines) if opcode in line]
+    half = len(products) // 2
+    loops = []
+    for first, last in ((products[0], products[half - 1]), (products[half], products[-1])):
+        start = max(i for i in range(first) if "SYNCS.PHASECHK" in lines[i])
+        stop = min(i for i in range(last, len(lines)) if "SYNCS.ARRIVE" in lines[i])
+        loops.append("\n".join(lines[start:stop]))
+    return loops

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("triton.experimental.gluon")
 
-from ahead_of_time import compile_kernel
+from ahead_of_time import compile_kernel, product_loops
 
 from quattuor.errors import UnsupportedError
 from quattuor.kernels import w4a16_linear
@@ -92,19 +92,6 @@ def compile_tile(problem, tile, dtype="fp16", scale="fp16"):
     )
 
 
-def product_loops(binary):
-    """Return the machine code of the product loop of each consumer: from its barrier wait to its release."""
-    lines = binary.sass.splitlines()
-    products = [i for i, line in enumerate(lines) if "HGMMA" in line]
-    half = len(products) // 2
-    loops = []
-    for first, last in ((products[0], products[half - 1]), (products[half], products[-1])):
-        start = max(i for i in range(first) if "SYNCS.PHASECHK" in lines[i])
-        stop = min(i for i in range(last, len(lines)) if "SYNCS.ARRIVE" in lines[i])
-        loops.append("\n".join(lines[start:stop]))
-    return loops
-
-
 @pytest.mark.parametrize(
     ("size", "scaling", "fields"),
     [
@@ -138,7 +125,7 @@ def test_machine_code(size, scaling, fields, dtype):
     assert 2 <= binary.count(r"WARPGROUP\.DEPBAR") <= 2 * tile.blocks * planes
     assert binary.shared_bytes <= tile.shared_bytes(layout, pieces) <= SHARED_LIMIT
     assert binary.count("UTMASTG") == 2 * tile.blocks
-    for loop in product_loops(binary):
+    for loop in product_loops(binary, "HGMMA"):
         assert not re.search(r"\b(STL|LDL)\b", loop), "spills between the products"
         # words go from shared memory to the lanes that multiply them, 16 bytes at a time
         assert loop.count("LDSM.16.M88.4") >= layout.plane_k // 16 * (tile.unroll - 1) * tile.blocks

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("triton.experimental.gluon")
 
-from ahead_of_time import compile_kernel
+from ahead_of_time import compile_kernel, product_loops
 
 from quattuor.errors import UnsupportedError
 from quattuor.kernels import w4a8_linear
@@ -74,19 +74,6 @@ def compile_tile(mode, tile):
     )
 
 
-def product_loops(binary):
-    """Return the machine code of the product loop of each consumer: from its barrier wait to its release."""
-    lines = binary.sass.splitlines()
-    products = [i for i, line in enumerate(lines) if "IGMMA" in line]
-    half = len(products) // 2
-    loops = []
-    for first, last in ((products[0], products[half - 1]), (products[half], products[-1])):
-        start = max(i for i in range(first) if "SYNCS.PHASECHK" in lines[i])
-        stop = min(i for i in range(last, len(lines)) if "SYNCS.ARRIVE" in lines[i])
-        loops.append("\n".join(lines[start:stop]))
-    return loops
-
-
 TILES = {
     "narrow": HopperTile(blocks=1, tokens=64, stages=6),
     "square": HopperTile(blocks=1, tokens=128, stages=4),
@@ -138,7 +125,7 @@ def test_machine_code(mode, name):
     assert binary.shared_bytes <= tile.shared_limit
     if tile.max_registers is not None:
         assert binary.registers <= tile.max_registers
-    for loop in product_loops(binary):
+    for loop in product_loops(binary, "IGMMA"):
         assert not re.search(r"\b(STL|LDL)\b", loop), "spills between the products"
         assert loop.count("LDSM.16.M88.4") == 4 * tile.blocks * bodies
 
